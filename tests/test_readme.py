@@ -57,7 +57,8 @@ def test_every_folder_and_file_of_the_tree_exists():
 
 
 def test_every_packaged_recipe_is_in_the_table():
-    assert all(f"| `{name}` |" in README for name in packaged_recipes())
+    first_cells = [line.split(" | ")[0] for line in README.splitlines() if line.startswith("| `")]
+    assert all(any(f"`{name}`" in cell for cell in first_cells) for name in packaged_recipes())
 
 
 def shortened(command: list[str]) -> list[str]:

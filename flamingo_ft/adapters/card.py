@@ -34,7 +34,11 @@ CARD = "README.md"
 COMPARISON_FILE = "comparison.json"
 """Tables of the card by what was evaluated, which `evaluation.card.write_comparison` writes."""
 UNNAMED = "flamingo"  # not the folder's name: copies of an adapter have the same card
-FIGURES = {"loss.png": "Training loss", "gates.png": "Gates by training step"}
+FIGURES = {
+    "loss.png": "Training loss",
+    "loss_by_kind.png": "Held-out loss with and without images",
+    "gates.png": "Gates by training step",
+}
 MAX_SAMPLES = 5  # predictions in the card
 TASK = "image-text-to-text"
 
@@ -57,10 +61,11 @@ class CardTable:
 
 
 @dataclass(frozen=True)
-class ComparisonTable:
-    """Variants of the model on the same questions, as text; `evaluation.variant_tables` makes them.
+class TextTable:
+    """A table as text: variants of the model on the same questions (`evaluation.variant_tables`), or a run's
+    losses and stages (`evaluation.run_tables`).
 
-    title: the metric and the questions. columns: headers; the first is that of the variant.
+    columns: headers; the first is that of what a row is about.
     """
 
     title: str
@@ -73,14 +78,17 @@ def write_card(
     metrics: Mapping[str, Any] | None = None,
     license: str | None = None,
     tables: Sequence[CardTable] = (),
+    run_tables: Sequence[TextTable] = (),
 ) -> None:
     """Write the card.
 
     Args:
         metrics: content of ``metrics.json``, if it is not written yet.
         tables: scores to show.
+        run_tables: losses and stages of the run to show.
     """
-    (folder / CARD).write_text(card_text(folder, None, license, metrics, tables), encoding="utf-8")
+    text = card_text(folder, None, license, metrics, tables, run_tables)
+    (folder / CARD).write_text(text, encoding="utf-8")
 
 
 def card_text(
@@ -89,6 +97,7 @@ def card_text(
     license: str | None = None,
     metrics: Mapping[str, Any] | None = None,
     tables: Sequence[CardTable] = (),
+    run_tables: Sequence[TextTable] = (),
 ) -> str:
     """Return the card of the adapter or model in ``folder``.
 
@@ -113,6 +122,7 @@ def card_text(
         training=metrics.get("train"),
         losses=_losses(folder),
         tables=tables,
+        run_tables=run_tables,
         comparisons=_read_json(folder / COMPARISON_FILE) or {},
         verdict=(metrics.get("eval") or {}).get("verdict"),
         figures={file: title for file, title in FIGURES.items() if (folder / "figures" / file).is_file()},
@@ -203,8 +213,10 @@ def base_models(config: FlamingoConfig) -> list[str]:
 
 
 def _datasets(recipe: Mapping[str, Any] | None, split: str) -> list[str]:
-    entries = ((recipe or {}).get("data") or {}).get(split) or []
-    return [entry["hub"] for entry in entries if entry.get("hub")]
+    """Return the Hub datasets of a split, those of stages first."""
+    runs = [*((recipe or {}).get("stages") or ()), recipe or {}]
+    entries = [entry for run in runs for entry in (run.get("data") or {}).get(split) or ()]
+    return list(dict.fromkeys(entry["hub"] for entry in entries if entry.get("hub")))
 
 
 def _results(tables: Sequence[CardTable], datasets: list[str]) -> list[EvalResult] | None:

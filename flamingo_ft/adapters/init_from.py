@@ -71,7 +71,13 @@ def load_recorded_bridge(
 
 
 def _load_bridge(model: FlamingoForConditionalGeneration, start: Path) -> None:
-    """Load the bridge at ``start``; for an adapter, on top of the bridge that it builds on."""
+    """Load the bridge at ``start``; for an adapter, on top of the bridge that it builds on.
+
+    A bridge that was trained without tiles reads each tile as it read images.
+    """
+    tile_embs = model.perceiver.tile_embs
+    if tile_embs is not None:
+        torch.nn.init.zeros_(tile_embs)
     if is_foreign_checkpoint(start):
         report = load_open_flamingo(model, start)
         if lost := [name for name in report.unexpected if not RECOMPUTED_BUFFERS.fullmatch(name)]:
@@ -79,12 +85,12 @@ def _load_bridge(model: FlamingoForConditionalGeneration, start: Path) -> None:
                 f"model.init_from: {start} holds {first_few(lost)}, for which the model has no place"
             )
     elif not (start / ADAPTER_WEIGHTS).is_file():
-        copy_bridge(model, _tensors(start))
+        copy_bridge(model, own_bridge_tensors(start))
     else:
         record = read_config(start).bridge_init
         if record:
             _load_recorded(model, start, record)
-        copy_bridge(model, _tensors(start))
+        copy_bridge(model, own_bridge_tensors(start))
 
 
 def _load_recorded(
@@ -190,11 +196,14 @@ def read_bridge_tensors(folder: Path) -> dict[str, Tensor]:
         )
     record = read_config(folder).bridge_init if (folder / ADAPTER_WEIGHTS).is_file() else None
     below = read_bridge_tensors(_locate_bridge(folder, record["path"], None)) if record else {}
-    return below | _tensors(folder)
+    return below | own_bridge_tensors(folder)
 
 
-def _tensors(folder: Path) -> dict[str, Tensor]:
-    """Return the bridge's tensors in a folder or a file, by their names in a model without LoRA."""
+def own_bridge_tensors(folder: Path) -> dict[str, Tensor]:
+    """Return the bridge's tensors in a folder or a file, by their names in a model without LoRA.
+
+    Those of an adapter lack what it builds on.
+    """
     if folder.name == BRIDGE_FILE or (folder / BRIDGE_FILE).is_file():
         return read_safetensors(folder if folder.name == BRIDGE_FILE else folder / BRIDGE_FILE)
     if not (folder / ADAPTER_WEIGHTS).is_file():

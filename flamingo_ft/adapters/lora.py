@@ -127,7 +127,7 @@ def lora_config(
         target_modules="|".join(patterns),
         lora_dropout=lora.lora_dropout,
         use_dora=lora.use_dora,
-        use_rslora=lora.use_rslora,
+        use_rslora=lora.rank_stabilized,
         init_lora_weights=peft_init(lora),  # pyrefly: ignore[bad-argument-type]
     )
 

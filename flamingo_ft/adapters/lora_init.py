@@ -56,7 +56,7 @@ def check_lora_init(
     if model.config.bridge_init is None and any(part in BRIDGE for part in lora.parts):
         reason = "takes the LoRA weights out of the matrix, and a new bridge is saved whole"
         raise _init_error(init, reason, "model.init_from")
-    if lora.use_dora or lora.use_rslora:
+    if lora.use_dora or lora.rank_stabilized:
         reason = "is saved as LoRA of twice the rank, which DoRA and rsLoRA would scale differently"
         raise _init_error(init, reason, "neither")
 

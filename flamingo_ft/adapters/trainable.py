@@ -70,13 +70,20 @@ def prepare_training(
         quantize_frozen_bridge(model, quantization)
     start = recipe.model.init_from
     earlier = lora_to_start_from(start)
-    # Earlier LoRA weights replace what any initialization would give.
-    lora = recipe.lora.model_copy(update={"init_lora_weights": "default"}) if earlier else recipe.lora
+    lora = _lora_of_earlier_weights(recipe.lora, start) if start is not None and earlier else recipe.lora
     config = add_lora(model, lora, batches)
     if start is not None and earlier:
         _check_same_lora(start, config)
         load_lora_weights(model, earlier)
     set_trainable(model, recipe.trainable, recipe.lora)
+
+
+def _lora_of_earlier_weights(lora: LoraSection, start: str | Path) -> LoraSection:
+    """Return ``lora`` without an initialization, which the weights replace; by default, with their rsLoRA."""
+    earlier = read_lora_config(fetch_model(start))
+    assert earlier is not None  # it has LoRA weights
+    use_rslora = earlier.use_rslora if lora.use_rslora is None else lora.use_rslora
+    return lora.model_copy(update={"init_lora_weights": "default", "use_rslora": use_rslora})
 
 
 def _check_same_lora(start: str | Path, config: LoraConfig | None) -> None:

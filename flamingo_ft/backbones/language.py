@@ -31,6 +31,7 @@ from flamingo_ft.backbones.compat import weight_conversion_errors
 from flamingo_ft.backbones.mosaic_gpt import register_mosaic_gpt
 from flamingo_ft.backbones.provenance import MODEL_CARD, files_sha256, has_vocabulary, license_in
 from flamingo_ft.backbones.quantization import Quantization, normalize_bnb_layers
+from flamingo_ft.backbones.text_part import KEY_MAPPING, record_tying, text_part
 from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import error_message
 from flamingo_ft.hub.fetch import download
@@ -91,7 +92,7 @@ def load_language(
     quantization: Quantization | None = None,
     device: torch.device | str | None = None,
 ) -> LanguageBackbone:
-    """Load a causal language model, frozen and in eval mode.
+    """Load a causal language model, frozen and in eval mode; of a vision-language model, its language model.
 
     name: "nano", a folder, or a Hub repository.
     revision: commit, branch or tag of a Hub repository; the commit it resolves to is recorded.
@@ -108,19 +109,23 @@ def load_language(
     """
     folder = language_folder(name, revision, local_files_only)
     is_local = local_language(name, revision) is not None
-    config = _causal_config(folder, name, trust_remote_code)
+    whole = _read_config(folder, name, trust_remote_code)
+    config = _causal_config(whole, name)
     _check_not_yet_quantized(config, name, quantization)
     model, info = _from_pretrained(
         AutoModelForCausalLM,
         folder,
         name,
         config=config,
+        key_mapping=None if config is whole else KEY_MAPPING,
         output_loading_info=True,
         trust_remote_code=trust_remote_code,
         **_dtype_and_device(dtype, quantization, device),
     )
     _check_not_an_encoder(model.config, name)
     _check_complete(info["missing_keys"], name)
+    if config is not whole:
+        record_tying(model)
     normalize_bnb_layers(model)
     tokenizer = tokenizer or _named_tokenizer(folder, config) or name
     tokenizer_folder = folder
@@ -149,7 +154,7 @@ def language_files(
     local_files_only: use only files that are on this machine. Raises UserError as `load_language` does.
     """
     folder = language_folder(name, revision, local_files_only, weights=False)
-    config = _causal_config(folder, name, trust_remote_code=False)
+    config = _causal_config(_read_config(folder, name, trust_remote_code=False), name)
     named_tokenizer = _named_tokenizer(folder, config)
     if named_tokenizer:
         folder = language_folder(named_tokenizer, None, local_files_only, weights=False)
@@ -221,11 +226,15 @@ def _from_pretrained(auto_class: Any, folder: Path, name: str, **options: Any) -
         raise UserError(f"{problem}; {remedy}") from error
 
 
-def _causal_config(folder: Path, name: str, trust_remote_code: bool) -> PreTrainedConfig:
-    """Load the configuration. Raises UserError if it is not a causal language model's."""
+def _read_config(folder: Path, name: str, trust_remote_code: bool) -> PreTrainedConfig:
     if not (folder / CONFIG_FILE).is_file():
         raise UserError(f"language model {name} has no {CONFIG_FILE} in {folder}; give a transformers model")
-    config = _from_pretrained(AutoConfig, folder, name, trust_remote_code=trust_remote_code)
+    return _from_pretrained(AutoConfig, folder, name, trust_remote_code=trust_remote_code)
+
+
+def _causal_config(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
+    """Return the configuration of the causal language model. Raises UserError if there is none."""
+    config = text_part(config)
     has_own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not has_own_code:
         raise UserError(

@@ -7,7 +7,7 @@ vision tower, also probe.json.
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from pathlib import Path
 from flamingo_ft import atomic
 from flamingo_ft.config import Recipe
 from flamingo_ft.data import OpenedData, open_data
-from flamingo_ft.data.opened_data import samples_per_epoch, steps_per_epoch, with_max_steps
+from flamingo_ft.data.opened_data import check_method, samples_per_epoch, steps_per_epoch, with_max_steps
 from flamingo_ft.data.render import apply_template
 from flamingo_ft.data.sample_order import WeightedSource
 from flamingo_ft.errors import UserError
@@ -34,7 +34,13 @@ PROBLEMS_FILE = "problems.jsonl"
 RECORD_FILE = "check.json"
 
 
-def check_data(recipe: Recipe, name: str, folder: Path, probe: bool = False) -> CheckReport:
+def check_data(
+    recipe: Recipe,
+    name: str,
+    folder: Path,
+    probe: bool = False,
+    stages: Mapping[str, Recipe] | None = None,
+) -> CheckReport:
     """Read every row of the recipe's data, write the report to ``folder`` and return it.
 
     Reads the backbones' configuration and tokenizer, but no weights except, for a probe, the tower's.
@@ -43,9 +49,11 @@ def check_data(recipe: Recipe, name: str, folder: Path, probe: bool = False) -> 
         name: the recipe's name, for the title of the report.
         probe: measure whether the vision tower can tell the answers apart (`evaluation.probe`), unless the
             data are unusable.
+        stages: the runs, by name, whose data the recipe has; the last one's are probed.
 
     Raises:
-        UserError: a data source cannot be opened, a backbone does not exist, or ``folder`` holds other files.
+        UserError: a data source cannot be opened or does not suit a method that compares answers, a backbone
+            does not exist, or ``folder`` holds other files.
     """
     with _report_folder(folder) as new:
         files = backbone_files(recipe.model)
@@ -53,15 +61,18 @@ def check_data(recipe: Recipe, name: str, folder: Path, probe: bool = False) -> 
         apply_template(processor, recipe.data)
         set_media_options(processor, recipe.data)
         limit = text_limit(files.language, recipe.data.max_text_tokens)
-        inspector = TextInspector(processor, recipe.data, limit, pairs=recipe.train.method == "dpo")
+        inspector = TextInspector(processor, recipe.data, limit, recipe.train.method)
         data = open_data(recipe.data, recipe.train.seed)
         sources = [*data.train, *data.eval]
+        if recipe.train.method != "sft":
+            check_method(data.train, recipe.train.method)
         builder = ReportBuilder(data, recipe.eval, limit, ProblemLog(new / PROBLEMS_FILE))
         _inspect_all(sources, inspector, builder, recipe.train.num_workers)
         text_form = dialogue_format(processor, eos_token_ids(recipe.model))
-        report = builder.build(name, _training_length(recipe, data), text_form)
+        report = builder.build(name, _training_lengths(recipe, data, stages or {}), text_form)
         if probe and report.objection is None:
-            report = _with_probe(report, recipe, data, new)
+            probed = [*stages.values()][-1] if stages else recipe
+            report = _with_probe(report, probed, open_data(probed.data, probed.train.seed), new)
         (new / RECORD_FILE).write_text(json.dumps(report.record(), indent=2) + "\n", encoding="utf-8")
         previews = [preview_samples(index, source, inspector) for index, source in enumerate(sources)]
         write_page(new, report, builder.problems, previews, save_histograms(report, new))
@@ -76,6 +87,15 @@ def _with_probe(report: CheckReport, recipe: Recipe, data: OpenedData, folder: P
         return replace(report, probe_error=str(error))
     probe.save(folder)
     return replace(report, probe=probe.record(), probe_lines=list(tower_lines(probe)))
+
+
+def _training_lengths(
+    recipe: Recipe, data: OpenedData, stages: Mapping[str, Recipe]
+) -> dict[str, TrainingLength]:
+    """Return the length of each stage by name, or of the whole run under an empty name."""
+    if not stages:
+        return {"": _training_length(recipe, data)}
+    return {name: _training_length(run, open_data(run.data, run.train.seed)) for name, run in stages.items()}
 
 
 def _training_length(recipe: Recipe, data: OpenedData) -> TrainingLength:

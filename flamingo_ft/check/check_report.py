@@ -193,6 +193,7 @@ class CheckReport:
         problems: number of problems; ``first_problems`` are the first of them, problems.jsonl has all.
         answers: lengths of the reference answers that evaluation will use.
         text_form: how the chat template writes dialogues; None if `dialogue_format` cannot determine it.
+        lengths: of training by stage; without stages, under an empty name.
         probe: the content of probe.json; None without ``--probe`` or if it failed for ``probe_error``.
         probe_lines: what the probe says, in words.
     """
@@ -207,7 +208,7 @@ class CheckReport:
     problems: int
     first_problems: list[Problem]
     answers: AnswerLengths
-    length: TrainingLength
+    lengths: dict[str, TrainingLength]
     text_form: DialogueFormat | None = None
     probe: dict[str, Any] | None = None
     probe_error: str | None = None
@@ -252,6 +253,14 @@ class CheckReport:
         return [line for line in lines if line]
 
     @property
+    def training(self) -> str:
+        """How long training takes, stage by stage."""
+        lines = [
+            f"stage {name}, {length.line}" if name else length.line for name, length in self.lengths.items()
+        ]
+        return "; ".join(lines)
+
+    @property
     def text_lines(self) -> list[str]:
         """How dialogues are written, in words."""
         return self.text_form.lines if self.text_form else []
@@ -263,7 +272,7 @@ class CheckReport:
             "usable": self.objection is None,
             "objection": self.objection,
             "warnings": self.warnings,
-            "training": self.length.line,
+            "training": self.training,
             "text_lines": self.text_lines,
             "bad": self.bad,
             "bad_share": self.bad_share,

@@ -68,7 +68,9 @@ class ReportBuilder:
             self._eval_samples[result.source] += 1
             self._answers.add(result.answers)
 
-    def build(self, recipe: str, length: TrainingLength, text_form: DialogueFormat | None) -> CheckReport:
+    def build(
+        self, recipe: str, lengths: dict[str, TrainingLength], text_form: DialogueFormat | None
+    ) -> CheckReport:
         return CheckReport(
             recipe=recipe,
             on_bad_sample=self.config.on_bad_sample,
@@ -80,7 +82,7 @@ class ReportBuilder:
             problems=self.problems.count,
             first_problems=self.problems.first,
             answers=self._answers,
-            length=length,
+            lengths=lengths,
             text_form=text_form,
         )
 

@@ -285,7 +285,8 @@ class MediaDecoder:
 
 def sample_digest(sample: Sample, media_digests: Iterable[int]) -> int:
     """Return a digest of everything that is learned from: text, images and their positions."""
-    text = json.dumps([sample.messages, sample.rejected, [*media_digests]], sort_keys=True)
+    learned = [sample.messages, sample.rejected, [*media_digests], sample.label]
+    text = json.dumps(learned, sort_keys=True)
     return _digest([text.encode("utf-8", "surrogatepass")])
 
 

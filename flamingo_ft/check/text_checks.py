@@ -12,6 +12,7 @@ from flamingo_ft.data.encode import Dropped, Encoded, TooLong, encode_within
 from flamingo_ft.data.pairs import EncodedPair, encode_pair
 from flamingo_ft.data.render import render_dialogue, render_prompt
 from flamingo_ft.data.sample import Sample, text_message
+from flamingo_ft.data.unpaired import encode_unpaired
 from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.questions import answer_lengths, end_tokens_of
 from flamingo_ft.model import FlamingoProcessor
@@ -48,10 +49,10 @@ def texts_of(encoded: Encoded | EncodedPair) -> tuple[Encoded, ...]:
 
 
 class TextInspector:
-    """Encode samples as the recipe does. pairs: encode both texts of preference pairs, as DPO does."""
+    """Encode samples as the recipe does. method: its ``train.method``."""
 
-    def __init__(self, processor: FlamingoProcessor, data: DataSection, limit: int, pairs: bool = False):
-        self.processor, self.policy, self.limit, self.pairs = processor, data.too_long, limit, pairs
+    def __init__(self, processor: FlamingoProcessor, data: DataSection, limit: int, method: str = "sft"):
+        self.processor, self.policy, self.limit, self.method = processor, data.too_long, limit, method
         self._ends = end_tokens_of(processor)
 
     def __call__(self, sample: Sample) -> InspectedText:
@@ -75,7 +76,11 @@ class TextInspector:
         return tuple(answer_lengths(self.processor, sample, texts_of(whole)[0], self._ends))
 
     def _encode(self, sample: Sample, limit: int, policy: TooLong) -> Encoded | EncodedPair | Dropped:
-        encode = encode_pair if self.pairs and sample.rejected else encode_within
+        encode = encode_within
+        if self.method in ("dpo", "kto") and sample.rejected:
+            encode = encode_pair
+        elif self.method == "kto" and sample.label is not None:
+            encode = encode_unpaired
         return encode(self.processor, sample, limit, policy)
 
     def _losses(self, sample: Sample, whole: Encoded | EncodedPair) -> dict[str, dict[str, int]]:

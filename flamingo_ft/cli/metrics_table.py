@@ -9,9 +9,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from flamingo_ft.adapters.card import TextTable
+from flamingo_ft.cli.output import titled_table
 from flamingo_ft.evaluation.merge_quality import MADE_UP
 from flamingo_ft.evaluation.metrics import ACCURACY, METRICS, Metric, metrics_in
 from flamingo_ft.evaluation.results import AFTER, BEFORE, BLANK, MAJORITY, SHUFFLED, ScoreTable, score_tables
+from flamingo_ft.evaluation.run_tables import TRAINED, run_tables
 from flamingo_ft.formatting import percent
 
 MAX_CLASSES = 5  # of a task whose classes are listed one by one
@@ -37,8 +40,21 @@ def print_metrics(metrics: Mapping[str, Any]) -> None:
             Console().print(table)
         for line in evaluation_lines(metrics["eval"]):
             typer.echo(line)
+    for table in run_tables(metrics):
+        Console().print(_text_table(table))
     if metrics.get("train"):
         typer.echo(training_line(metrics["train"]))
+
+
+def _text_table(text: TextTable) -> Table:
+    """Return a table for the terminal, without the wide column of what each stage trains."""
+    table = titled_table(text.title)
+    shown = [place for place, header in enumerate(text.columns) if header != TRAINED]
+    for place in shown:
+        table.add_column(text.columns[place], justify="right" if place else "left")
+    for row in text.rows:
+        table.add_row(*(row[place] for place in shown))
+    return table
 
 
 def print_merge_report(report: Mapping[str, Any]) -> None:

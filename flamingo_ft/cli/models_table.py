@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flamingo_ft.adapters.card import ComparisonTable
+from flamingo_ft.adapters.card import TextTable
 from flamingo_ft.cli.output import titled_table
 from flamingo_ft.evaluation.variant_tables import variant_tables, verdicts
 
@@ -38,7 +38,7 @@ def print_variants(variants: Sequence[Mapping[str, Any]]) -> None:
         typer.echo(line)
 
 
-def _printed(table: ComparisonTable, narrow: bool = False) -> Table:
+def _printed(table: TextTable, narrow: bool = False) -> Table:
     """Return a table for the terminal; in a narrow one, intervals are below their values."""
     printed = titled_table(table.title)
     first, *others = table.columns

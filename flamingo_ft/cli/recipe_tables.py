@@ -201,6 +201,9 @@ def print_plan(record: Mapping[str, Any], as_json: bool, stderr: bool = False) -
 
 def plan_tables(record: Mapping[str, Any]) -> Iterator[Table | str]:
     """Yield what is printed of a plan, sizes in GiB; in the record they are in bytes."""
+    if "stages" in record:
+        yield stage_table(record["stages"])
+        yield f"stage {record['largest']} needs the most memory:"
     yield memory_table(record["cuda"], "on a GPU")
     yield batch_line(record["cuda"])
     yield gpu_table(record["gpus"], record["assumed"])
@@ -209,6 +212,22 @@ def plan_tables(record: Mapping[str, Any]) -> Iterator[Table | str]:
     if record["cpu"]:
         peak = gib(record["cpu"]["peak"])
         yield f"without a GPU: {peak} GiB of host RAM for tensors, and what Python itself takes"
+
+
+def stage_table(stages: Sequence[Mapping[str, Any]]) -> Table:
+    """Return the peak of each stage and, as that of the whole run, the largest of them."""
+    table = titled_table("peak memory of each stage, GiB")
+    table.add_column("stage", no_wrap=True)
+    devices = {"cuda_peak": "on a GPU", "cpu_peak": "without one, host RAM"}
+    planned = {key: header for key, header in devices.items() if stages[0][key] is not None}
+    for header in ("params", *planned.values()):
+        table.add_column(header, justify="right")
+    for stage in stages:
+        peaks = (gib(stage[key]) for key in planned)
+        table.add_row(stage["name"], _millions(stage["trainable_parameters"]), *peaks)
+    table.add_section()
+    table.add_row("the whole run", "", *(gib(max(stage[key] for stage in stages)) for key in planned))
+    return table
 
 
 def memory_table(plan: Mapping[str, Any], device: str) -> Table:
@@ -237,8 +256,9 @@ def memory_table(plan: Mapping[str, Any], device: str) -> Table:
 def batch_line(plan: Mapping[str, Any]) -> str:
     """Return a line about the batch that was planned for, and about paged optimizer state."""
     batch = plan["batch"]
+    answers = f" x {batch['answers']} answers" if batch["answers"] > 1 else ""
     line = (
-        f"for {batch['samples']} x {batch['text_tokens']} text tokens ({batch['where_from']}), "
+        f"for {batch['samples']}{answers} x {batch['text_tokens']} text tokens ({batch['where_from']}), "
         f"{batch['images']} images per sample"
     )
     if plan["paged"]:

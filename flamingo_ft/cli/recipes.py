@@ -50,8 +50,10 @@ def plan(
 
     from flamingo_ft.cli.recipe_tables import print_plan
     from flamingo_ft.plan.plan_report import make_plan_report
+    from flamingo_ft.plan.stage_plans import make_stage_plans
 
-    print_plan(make_plan_report(settings, text_tokens, images).record(), as_json)
+    make_report = make_stage_plans if settings.stages else make_plan_report
+    print_plan(make_report(settings, text_tokens, images).record(), as_json)
 
 
 def check(
@@ -82,15 +84,19 @@ def check(
     settings = load_recipe(path, overrides or (), require=("data", "backbones"))
     folder = out or Path("runs") / f"check_{path.stem}"
 
-    from flamingo_ft.check.check_data import check_data
+    from flamingo_ft.check.stages import check_recipe
     from flamingo_ft.cli.recipe_tables import print_findings
 
-    findings = check_data(settings, path.stem, folder, probe).record()
-    print_findings(findings, as_json, folder)
-    if findings["probe"]:
-        _keep_probe(folder, settings.train.output_dir)
-    if objection := findings["objection"] or findings["probe_error"]:
-        raise UserError(objection)
+    objections = []
+    for place, report in check_recipe(settings, path.stem, folder, probe):
+        findings = report.record()
+        print_findings(findings, as_json, place)
+        if findings["probe"]:
+            _keep_probe(place, settings.train.output_dir)
+        if objection := findings["objection"] or findings["probe_error"]:
+            objections.append(objection)
+    if objections:
+        raise UserError("\n".join(objections))
 
 
 def _keep_probe(folder: Path, output_dir: Path) -> None:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,7 +16,18 @@ from flamingo_ft.cli.arguments import Overrides, Recipe
 from flamingo_ft.errors import UserError
 
 if TYPE_CHECKING:
+    from flamingo_ft.config import Recipe as RecipeValues
     from flamingo_ft.data import OpenedData
+
+# What a trial run changes: it is short, and leaves nothing behind.
+SMOKE_OVERRIDES = (
+    "train.max_steps=2",
+    "train.warmup_steps=0",
+    "train.checkpoint_dir=null",
+    "train.push_to_hub=null",
+    "train.report_to=[]",
+    "eval.max_samples=4",
+)
 
 
 def train(
@@ -28,18 +44,58 @@ def train(
             help="Resume the run from its last checkpoint; with more steps or epochs, extend it.",
         ),
     ] = False,
+    smoke: Annotated[
+        bool,
+        typer.Option(
+            "--smoke",
+            help="Try every part of the run, and every stage, with 2 steps and 4 held-out samples of each "
+            "source; what it writes is removed.",
+        ),
+    ] = False,
 ) -> None:
-    """Train as RECIPE describes, evaluate, and save an adapter."""
+    """Train as RECIPE describes, stage by stage, evaluate, and save an adapter."""
     from flamingo_ft.config import load_recipe
     from flamingo_ft.config.library import find_recipe
-    from flamingo_ft.training.output_dir import prepare_output_dir, refuse_lost_run
 
     if overwrite and resume:
         raise UserError(
             "got --overwrite and --resume, but one starts again and the other continues; use one of them"
         )
+    if smoke and (overwrite or resume):
+        raise UserError("got --smoke, whose run is removed, with --overwrite or --resume; leave them out")
     path = find_recipe(recipe)
     settings = load_recipe(path, overrides or ())
+    if smoke:
+        with _trial(path, overrides or (), settings.train.output_dir) as settings:
+            _run(path, settings, overwrite, resume)
+        return
+    _run(path, settings, overwrite, resume)
+    if is_main_process():
+        folder = settings.train.output_dir
+        typer.echo(f"adapter in {folder}; try it: flamingo-ft generate {folder} --image FILE --prompt TEXT")
+
+
+@contextmanager
+def _trial(path: Path, overrides: Sequence[str], output_dir: Path) -> Generator[RecipeValues]:
+    """Yield the recipe of a trial run, whose folder, beside the run's own, is removed at the end."""
+    from flamingo_ft.config import load_recipe
+
+    folder = output_dir.absolute().with_name(f"{output_dir.absolute().name}.smoke")
+    if is_main_process() and folder.exists():
+        raise UserError(f"{folder}: exists, and a trial run would remove it; rename or delete it")
+    try:
+        yield load_recipe(path, [*overrides, *SMOKE_OVERRIDES, f"train.output_dir={json.dumps(str(folder))}"])
+        if is_main_process():
+            typer.echo(f"the trial run finished; {folder} is removed", err=True)
+    finally:
+        if is_main_process():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _run(path: Path, settings: RecipeValues, overwrite: bool, resume: bool) -> None:
+    """Train as the recipe says, and print the results."""
+    from flamingo_ft.training.output_dir import prepare_output_dir, refuse_lost_run
+
     folder = settings.train.output_dir
     if resume:
         refuse_lost_run(path, settings.train)
@@ -55,7 +111,6 @@ def train(
     metrics = run_training(settings, print_sources, resume=resume, log=log)
     if is_main_process():
         print_metrics(metrics)
-        typer.echo(f"adapter in {folder}; try it: flamingo-ft generate {folder} --image FILE --prompt TEXT")
 
 
 def is_main_process() -> bool:

@@ -13,6 +13,7 @@ from flamingo_ft.config.loading import (
     dump_recipe,
     load_recipe,
 )
+from flamingo_ft.config.method_sections import DpoSection, GrpoSection, KtoSection
 from flamingo_ft.config.model_section import (
     RELEASED_PERCEIVER,
     CrossAttentionSection,
@@ -25,9 +26,9 @@ from flamingo_ft.config.model_section import (
     VisionSection,
 )
 from flamingo_ft.config.recipe import Recipe
+from flamingo_ft.config.stages import StageSection, stage_folder_name
 from flamingo_ft.config.train_section import (
     DecaysSection,
-    DpoSection,
     EvalSection,
     RatesSection,
     TrainSection,
@@ -48,6 +49,8 @@ __all__ = [
     "DecaysSection",
     "DpoSection",
     "EvalSection",
+    "GrpoSection",
+    "KtoSection",
     "LanguageSection",
     "LoraPart",
     "LoraSection",
@@ -55,9 +58,11 @@ __all__ = [
     "PerceiverSection",
     "RatesSection",
     "Recipe",
+    "StageSection",
     "TrainSection",
     "TrainableSection",
     "VisionSection",
     "dump_recipe",
     "load_recipe",
+    "stage_folder_name",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from flamingo_ft.config.section import LAX, Count, InputPath, Section, SharedPath, one_of
 from flamingo_ft.config.tables import DATASET_FORMATS
@@ -67,6 +67,13 @@ class AugmentationSection(Section):
     change."""
 
 
+PixelsOrAuto = Annotated[
+    Count | None,
+    BeforeValidator(lambda value: None if value == "auto" else value),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"const": "auto"}, {"type": "null"}]}),
+]
+
+
 class TilesSection(Section):
     """Tiles of large images: each is as large as the tower's input, so that the model sees details.
 
@@ -80,10 +87,10 @@ class TilesSection(Section):
     """Most tiles of one image. Of the grids with at most so many tiles, the one is taken that keeps the most
     of the image's pixels. Time and memory of the tower grow with it, and without a perceiver those of
     cross-attention too."""
-    size: Literal["auto"] | Count = "auto"
-    """Side in pixels of the part of an image that one tile shows, at the image's own resolution. auto: the
-    side of the tower's input, so that nothing is scaled until max is reached. A smaller one enlarges the
-    image."""
+    size: PixelsOrAuto = None
+    """Side in pixels of the part of an image that one tile shows, at the image's own resolution. null or
+    `auto`: the side of the tower's input, so that nothing is scaled until max is reached. A smaller one
+    enlarges the image."""
     thumbnail: bool = True
     """Whether the whole image, scaled down, is a view of its own besides its tiles."""
     tags: Literal["learned", "none"] = "learned"

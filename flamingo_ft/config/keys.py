@@ -8,9 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from flamingo_ft.config.data_section import DataSection
 from flamingo_ft.config.library import SCHEMA_FILE, packaged_recipes, summary
 from flamingo_ft.config.recipe import Recipe
+from flamingo_ft.config.stages import COMMON_TRAIN_KEYS, STAGE_SECTIONS, STAGES, StageSection
 from flamingo_ft.config.tables import METRIC_DESCRIPTIONS
+from flamingo_ft.config.train_section import TrainSection
 from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import one_line
 
@@ -59,9 +62,31 @@ class RecipeKey:
 
 
 def json_schema() -> dict[str, Any]:
-    """Return the JSON schema of a recipe."""
+    """Return the JSON schema of a recipe as it is written: what all stages give may be missing elsewhere."""
+    schema = _declared_schema()
+    data, train = (schema["$defs"][name] for name in (DataSection.__name__, TrainSection.__name__))
+    complete = {"data": {"required": data.pop("required")}, "train": {"anyOf": train.pop("anyOf")}}
+    schema["required"].remove("data")
+    choice = [{"required": [STAGES]}, {"required": ["data"], "properties": complete}]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "anyOf": choice}
+
+
+def _declared_schema() -> dict[str, Any]:
+    """Return the schema of the declarations, without what the sections of a stage repeat."""
     schema = _without_titles(Recipe.model_json_schema())
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+    stage = schema["$defs"][StageSection.__name__]
+    stage["required"] = [key for key in stage["required"] if key not in STAGE_SECTIONS]
+    for name in STAGE_SECTIONS:
+        section = stage["properties"][name].pop("$ref")
+        keys = schema["$defs"][section.rpartition("/")[2]]["properties"]
+        varying = [key for key in keys if name != "train" or key not in COMMON_TRAIN_KEYS]
+        stage["properties"][name] |= {
+            "type": "object",
+            "default": {},
+            "additionalProperties": False,
+            "properties": {key: {"$ref": f"{section}/properties/{key}"} for key in varying},
+        }
+    return schema
 
 
 def schema_text() -> str:
@@ -74,7 +99,7 @@ def recipe_keys(prefix: str | None = None) -> list[RecipeKey]:
 
     Raises UserError, with the nearest keys, if no key has this prefix.
     """
-    schema = json_schema()
+    schema = _declared_schema()
     keys = list(_section_keys(schema, schema["$defs"], ""))
     if prefix is None:
         return keys
@@ -145,7 +170,7 @@ def _type_text(schema: Mapping[str, Any]) -> str:
     if kind == "array":
         return f"list of {_type_text(schema['items'])}"
     if kind == "object":
-        return "mapping of text to text"
+        return "section" if "properties" in schema else "mapping of text to text"
     names = {"boolean": "true | false", "string": schema.get("format", "text")}
     bounds = [f"{sign} {schema[bound]:g}" for bound, sign in _BOUNDS.items() if bound in schema]
     return " ".join([names.get(kind, kind), " and ".join(bounds)]).strip()

@@ -106,8 +106,9 @@ def _packaged_file(name: str) -> Path:
 
 def _data_folders(recipe: Path) -> list[Path]:
     """Return the folders beside a recipe that contain its data."""
-    data = yaml.safe_load(recipe.read_text(encoding="utf-8"))["data"]
-    sources = [source for split in ("train", "eval") for source in data.get(split, ())]
+    values = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    sections = [values.get("data", {}), *(stage.get("data", {}) for stage in values.get("stages", ()))]
+    sources = [source for data in sections for split in ("train", "eval") for source in data.get(split, ())]
     paths = [Path(source[key]) for source in sources for key in ("path", "image_root") if source.get(key)]
     return list(dict.fromkeys(recipe.parent / path.parts[0] for path in paths))
 

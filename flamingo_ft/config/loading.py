@@ -16,7 +16,15 @@ from flamingo_ft.config.library import find_recipe, is_packaged
 from flamingo_ft.config.paths import path_exists, path_locations, resolve_paths, value_at
 from flamingo_ft.config.recipe import Recipe
 from flamingo_ft.config.section import PathKind
-from flamingo_ft.config.validation_errors import dotted, validation_errors
+from flamingo_ft.config.stage_errors import location_text, misplaced_keys
+from flamingo_ft.config.stages import (
+    ALTERNATIVES,
+    STAGES,
+    merge_stages,
+    reach_stages,
+    stage_differences,
+)
+from flamingo_ft.config.validation_errors import validation_errors
 from flamingo_ft.config.yaml_document import Document, Location, parse
 from flamingo_ft.errors import UserError
 from flamingo_ft.hub.names import ON_HUB, missing_path_message
@@ -63,10 +71,7 @@ def load_recipe(
     values = apply_overrides(sources.file.values, sources.overrides)
     unresolved = copy.deepcopy(values)
     path_warnings = list(resolve_paths(values, sources.start_of))
-    try:
-        recipe = Recipe.model_validate(values)
-    except ValidationError as error:
-        raise _user_error(sources, validation_errors(Recipe, error, values)) from None
+    recipe = _validate(values, sources)
     kinds = {kind for requirement in require for kind in REQUIREMENTS[requirement]}
     errors = list(_missing_paths(values, unresolved, sources, kinds))
     if errors:
@@ -74,7 +79,25 @@ def load_recipe(
     if path.name != RECIPE_FILE:  # a run's own recipe has the paths that its recipe had
         for location, warning in path_warnings:
             place = sources.line_and_name(location)[1]
-            warnings.warn(f"{place}: {dotted(location)}: {warning}", stacklevel=2)
+            warnings.warn(f"{place}: {location_text(location, values)}: {warning}", stacklevel=2)
+    return recipe
+
+
+def _validate(values: Any, sources: _Sources) -> Recipe:
+    """Validate a recipe's plain values. Raises UserError with all errors."""
+    merged = merge_stages(values)
+    errors = {
+        location: f"{location_text(location, values)}: {message}"
+        for location, message in misplaced_keys(values)
+    }
+    recipe = None
+    try:
+        recipe = Recipe.model_validate(merged)
+    except ValidationError as error:
+        for location, message in validation_errors(Recipe, error, merged, values):
+            errors.setdefault(location, message)
+    if errors or recipe is None:
+        raise _user_error(sources, list(errors.items()))
     return recipe
 
 
@@ -86,8 +109,14 @@ def _add_earlier_defaults(values: dict[str, Any]) -> None:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """Return the recipe as YAML with every default, which `load_recipe` reads as the same recipe."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """Return the recipe as YAML with every default, which `load_recipe` reads as the same recipe.
+
+    Stages have only what differs from the last one, whose values are the recipe's own.
+    """
+    values = recipe.model_dump(mode="json")
+    if recipe.stages:
+        values[STAGES] = stage_differences(values)
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 @dataclass(frozen=True)
@@ -154,16 +183,10 @@ def _missing_paths(
         problem = missing_path_message(
             path, name=name, on_hub=hub_names.get(kind), remedy=f"relative paths here start from {start}"
         )
-        yield location, f"{dotted(location)}: {problem}"
+        yield location, f"{location_text(location, values)}: {problem}"
 
 
 # --- overrides ---
-
-# Keys that give the same quantity in different units; a recipe has at most one of each pair.
-ALTERNATIVES: tuple[tuple[Location, Location], ...] = (
-    (("train", "max_steps"), ("train", "epochs")),
-    (("train", "warmup_steps"), ("train", "warmup_ratio")),
-)
 
 
 @dataclass(frozen=True)
@@ -193,11 +216,12 @@ def apply_overrides(values: Any, overrides: Sequence[Override]) -> Any:
     """Return a copy of a recipe's plain values with the overrides applied in order.
 
     An override of one of two `ALTERNATIVES` replaces the other one of the file. If both are overridden,
-    validation reports the conflict.
+    validation reports the conflict. An override of a common value also replaces those of stages.
     """
     values = copy.deepcopy(values)
     for override in overrides:
         _apply(values, override)
+        reach_stages(values, override.location, is_set=override.value is not None)
     _remove_replaced(values, overrides)
     return values
 
@@ -228,9 +252,10 @@ def _check_step(values: Any, step: str | int, override: Override, depth: int) ->
 
 def _remove_replaced(values: Any, overrides: Sequence[Override]) -> None:
     """Remove what an override gives in another unit: `train.epochs=3` replaces the file's max_steps."""
-    for pair in ALTERNATIVES:
-        for key, alternative in (pair, pair[::-1]):
-            is_set = any(one.location == key and one.value is not None for one in overrides)
-            is_overridden = any(one.location == alternative[: len(one.location)] for one in overrides)
-            if is_set and not is_overridden:
-                values[alternative[0]].pop(alternative[1], None)
+    for override in overrides:
+        alternative = ALTERNATIVES.get(override.location[-2:])
+        if alternative is None or override.value is None:
+            continue
+        replaced = (*override.location[:-2], *alternative)
+        if not any(one.location == replaced[: len(one.location)] for one in overrides):
+            value_at(values, replaced[:-1]).pop(replaced[-1], None)

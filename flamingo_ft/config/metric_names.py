@@ -73,7 +73,8 @@ def answer_metric_names() -> list[str]:
     return [name for name in METRIC_DESCRIPTIONS if name != LOSS]
 
 
-def _schema(names: Iterable[str]) -> dict[str, object]:
+def metric_schema(names: Iterable[str]) -> dict[str, object]:
+    """Return the JSON schema of one of these names, or of a function in a user's file."""
     function = {"type": "string", "format": USER_METRIC, "pattern": _SCHEMA_PATTERN}
     return {"anyOf": [{"enum": [*names]}, function]}
 
@@ -81,12 +82,12 @@ def _schema(names: Iterable[str]) -> dict[str, object]:
 MetricName = Annotated[
     str,
     AfterValidator(_check_metric),
-    Field(json_schema_extra=_schema(METRIC_DESCRIPTIONS)),
+    Field(json_schema_extra=metric_schema(METRIC_DESCRIPTIONS)),
     PathKind.METRIC,
 ]
 AnswerMetricName = Annotated[
     str,
     AfterValidator(_check_answer_metric),
-    Field(json_schema_extra=_schema(answer_metric_names())),
+    Field(json_schema_extra=metric_schema(answer_metric_names())),
     PathKind.METRIC,
 ]

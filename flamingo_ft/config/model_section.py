@@ -64,7 +64,7 @@ class VisionSection(Section):
 
 
 class LanguageSection(Section):
-    """The frozen language model: any causal language model of transformers."""
+    """The frozen language model: any causal language model of transformers, or a vision-language model's."""
 
     name: LanguageName
     """The language model: `nano` (comes with the package), a repository on the Hugging Face Hub, or a folder
@@ -189,6 +189,9 @@ class TrainableSection(Section):
     optimizer steps away; use it only if memory runs out."""
 
 
+RSLORA_MIN_RANK = 64  # from which on rsLoRA is the default
+
+
 class LoraPart(Section):
     """LoRA (arXiv:2106.09685) on one part of the model."""
 
@@ -221,12 +224,24 @@ class LoraSection(Section):
     use_dora: bool = False
     """Use DoRA (arXiv:2402.09353), which trains magnitude and direction separately: often better at low
     ranks, slower than plain LoRA."""
-    use_rslora: bool = False
-    """Use rsLoRA (arXiv:2312.03732), which scales by lora_alpha / sqrt(r) and keeps high ranks useful."""
+    use_rslora: bool | None = None
+    """Use rsLoRA (arXiv:2312.03732), which scales by lora_alpha / sqrt(r) and keeps high ranks useful: in
+    PEFT's comparison on MetaMathQA, rank 64 scores 51.3 % with it and 47.4 % without. null: true if r is at
+    least 64 for every part, unless init_lora_weights is pissa; with an init_from that has LoRA weights, what
+    they were trained with. One value applies to all parts, so one part below 64 turns the default off."""
     init_lora_weights: Literal["default", "gaussian", "pissa", "loftq", "eva"] = "default"
     """Initialization of the LoRA weights. default: zero output, so that training starts from the model
     itself. pissa (arXiv:2404.02948) needs unquantized matrices, loftq (arXiv:2310.08659) 4-bit ones; eva
     (arXiv:2410.07170) is computed from the first training batches."""
+
+    @property
+    def rank_stabilized(self) -> bool:
+        """Whether LoRA weights are scaled by lora_alpha / sqrt(r): `use_rslora`, or its default."""
+        if self.use_rslora is not None:
+            return self.use_rslora
+        # PiSSA is saved as LoRA of twice the rank, which rsLoRA would scale differently.
+        has_high_rank = bool(self.parts) and min(part.r for part in self.parts.values()) >= RSLORA_MIN_RANK
+        return has_high_rank and self.init_lora_weights != "pissa"
 
     @property
     def parts(self) -> dict[str, LoraPart]:

@@ -1,4 +1,4 @@
-"""The recipe: its six sections, whose values are validated one by one and then together.
+"""The recipe: its sections, whose values are validated one by one and then together.
 
 Cross-field validation finds combinations of values, each valid by itself, that cannot work together.
 """
@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from pydantic import model_validator
+from pydantic import SerializerFunctionWrapHandler, model_serializer, model_validator
 from pydantic_core import PydanticCustomError
 
 from flamingo_ft.config.data_section import DataSection, DataSource
+from flamingo_ft.config.method_checks import check_method
 from flamingo_ft.config.model_section import (
     LoraSection,
     ModelSection,
@@ -19,8 +20,10 @@ from flamingo_ft.config.model_section import (
     TrainableSection,
 )
 from flamingo_ft.config.section import Section
+from flamingo_ft.config.stage_checks import check_stages
+from flamingo_ft.config.stages import STAGE_SECTIONS, STAGES, Stages, with_default_optimizer
 from flamingo_ft.config.tables import BRIDGE_PARTS, CROSS_ATTENTION, PERCEIVER, VISION
-from flamingo_ft.config.train_section import DpoSection, EvalSection, TrainSection
+from flamingo_ft.config.train_section import EvalSection, TrainSection
 from flamingo_ft.config.yaml_document import Location
 
 # pydantic's type of the error whose context holds all cross-field validation errors
@@ -44,24 +47,61 @@ class Recipe(Section):
     """Training: length, optimization, checkpoints, logging."""
     eval: EvalSection = EvalSection()
     """Evaluation on the held-out samples."""
+    stages: Stages = ()
+    """Stages that one run trains one after the other, each from where the one before it ended: the bridge
+    first, for example, and then LoRA too. Each gives what differs from the values above, and is a run in a
+    folder of its own in train.output_dir, which gets the adapter with what all of them trained. Without
+    stages, the values above are those of a single one."""
+
+    @property
+    def runs(self) -> tuple[Recipe, ...]:
+        """The recipe of each stage as that of an ordinary run; without stages, this one.
+
+        Each but the first starts from the result of the stage before it.
+        """
+        if not self.stages:
+            return (self,)
+        starts = [self.model.init_from, *(stage.train.output_dir.absolute() for stage in self.stages[:-1])]
+        return tuple(
+            self.model_copy(
+                update={
+                    "model": self.model.model_copy(update={"init_from": start}),
+                    **{name: getattr(stage, name) for name in STAGE_SECTIONS},
+                    STAGES: (),
+                }
+            )
+            for stage, start in zip(self.stages, starts, strict=True)
+        )
 
     @model_validator(mode="before")
     @classmethod
     def _default_of_the_optimizer(cls, values: Any) -> Any:
         """Fill in AdamW for a bridge that is trained already and for sharded weights."""
         match values:
-            case {"train": dict(train), "model": dict(model)} if "optimizer" not in train:
-                if model.get("init_from") is not None or train.get("fsdp"):
-                    return {**values, "train": {**train, "optimizer": "adamw"}}
+            case {"train": dict(train), "model": dict(model)}:
+                is_trained = model.get("init_from") is not None
+                return {**values, "train": with_default_optimizer(train, is_trained)}
         return values
+
+    @model_serializer(mode="wrap")
+    def _without_empty_stages(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values = serialize(self)
+        return values if self.stages else {key: values[key] for key in values if key != STAGES}
 
     @model_validator(mode="after")
     def _validate_cross_field(self) -> Recipe:
-        errors = list(_cross_field_errors(self))
+        errors = list(_stage_errors(self) if self.stages else _cross_field_errors(self))
         if errors:
             text = "; ".join(f"{'.'.join(map(str, location))}: {message}" for location, message in errors)
             raise PydanticCustomError(CROSS_FIELD, "{text}", {"errors": errors, "text": text})
         return self
+
+
+def _stage_errors(recipe: Recipe) -> Errors:
+    for index, run in enumerate(recipe.runs):
+        for location, message in _cross_field_errors(run):
+            yield (location if location[0] == "model" else (STAGES, index, *location)), message
+    yield from check_stages(recipe.model, recipe.stages)
 
 
 def _cross_field_errors(recipe: Recipe) -> Errors:
@@ -78,7 +118,7 @@ def _cross_field_errors(recipe: Recipe) -> Errors:
     yield from _check_training(train, trainable)
     yield from _check_evaluation(recipe.eval, data)
     yield from _check_per_part_values(train, trainable, lora)
-    yield from _check_dpo(train, data, lora)
+    yield from check_method(train, data, lora, recipe.eval)
     yield from _check_fsdp(train, model, data)
 
 
@@ -233,7 +273,7 @@ def _check_evaluation(evaluation: EvalSection, data: DataSection) -> Errors:
 def _check_per_part_values(train: TrainSection, trainable: TrainableSection, lora: LoraSection) -> Errors:
     """Reject learning rates and weight decays of parts that are not trained: they have no effect."""
     trained = trainable.model_dump(exclude={"dtype"}) | {"lora": bool(lora.parts)}
-    trained["gates"] = trained[CROSS_ATTENTION.name]
+    trained |= {"gates": trained[CROSS_ATTENTION.name], "loraplus_lr_ratio": trained["lora"]}
     for section in ("learning_rates", "weight_decays"):
         for part in getattr(train, section).model_dump(exclude_none=True):
             if not trained[part]:
@@ -241,7 +281,7 @@ def _check_per_part_values(train: TrainSection, trainable: TrainableSection, lor
 
 
 def _why_unused(section: str, part: str, has_lora: bool) -> str:
-    if part == "lora":
+    if part in ("lora", "loraplus_lr_ratio"):
         return "has no effect, because no part has LoRA; remove it, or configure lora for a part"
     if has_lora:
         return f"has no effect, because the part is trained through LoRA; use train.{section}.lora"
@@ -249,40 +289,18 @@ def _why_unused(section: str, part: str, has_lora: bool) -> str:
     return f"has no effect, because trainable.{trained} is false; remove it, or train the part"
 
 
-def _check_dpo(train: TrainSection, data: DataSection, lora: LoraSection) -> Errors:
-    if train.method != "dpo":
-        if train.dpo != DpoSection():
-            yield (
-                ("train", "dpo"),
-                f"has no effect with train.method {train.method}; remove it, or use method dpo",
-            )
-        return
-    if train.dpo.label_smoothing and train.dpo.loss_type != "sigmoid":
-        yield (
-            ("train", "dpo", "label_smoothing"),
-            f"only the sigmoid loss has label smoothing, got loss_type {train.dpo.loss_type}; "
-            "use sigmoid, or set label_smoothing to 0",
-        )
-    if data.packing:
-        yield (
-            ("data", "packing"),
-            "dpo compares pairs row by row, so samples cannot be packed; "
-            "set packing to false (group_by_length also saves padding)",
-        )
-    if lora.lora_dropout:
-        yield (
-            ("lora", "lora_dropout"),
-            f"got {lora.lora_dropout:g}, but dpo compares two models without dropout; set lora_dropout to 0",
-        )
-
-
 def _check_fsdp(train: TrainSection, model: ModelSection, data: DataSection) -> Errors:
     if not train.fsdp:
         return
-    if train.method == "dpo":
+    if train.method == "grpo":
         yield (
             ("train", "fsdp"),
-            "dpo's reference model shares the weights that would be sharded; "
+            "grpo samples answers, which a sharded model cannot; use method sft, or set fsdp to false",
+        )
+    elif train.method != "sft":
+        yield (
+            ("train", "fsdp"),
+            f"{train.method}'s reference model shares the weights that would be sharded; "
             "use method sft, or set fsdp to false",
         )
     if train.optimizer != "adamw" or train.optimizer_in_backward:

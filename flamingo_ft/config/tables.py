@@ -77,7 +77,7 @@ BACKBONE_PARTS = (LANGUAGE, VISION)
 LORA_PARTS = (LANGUAGE, *(part for part in reversed(BRIDGE_PARTS) if part.takes_lora), VISION)
 
 # Format of a dataset's rows -> its columns, as shown in messages. The order is the detection priority:
-# preference pairs also have a prompt, and MIMIC-IT's instructions also have an answer.
+# preference pairs also have a prompt, labelled answers a completion, and MIMIC-IT's instructions an answer.
 DATASET_FORMATS = {
     "preference": "prompt, chosen, rejected",
     "messages": "messages and images",
@@ -85,6 +85,7 @@ DATASET_FORMATS = {
     "sharegpt": "conversations of from and value or role and content, images",
     "mimicit": "instruction, answer, image_ids",
     "alpaca": "instruction, output, image",
+    "unpaired_preference": "prompt, completion, label, images",
     "prompt_completion": "prompt, completion, images",
     "interleaved": "text_list and image_info, or texts and images",
     "vqa": "question, answer or answers, image",
@@ -114,6 +115,18 @@ METRIC_DESCRIPTIONS = {
     "top_5": "reference answer among the five best ranked labels; higher is better",
     "iou": "mean intersection over union of boxes with those of the reference answer; higher is better",
     "iou_50": "share of boxes with an IoU of at least 0.5 (Acc@0.5 of RefCOCO); higher is better",
+}
+
+# Metrics that can be `train.grpo.reward`, and why others cannot.
+REWARDS = ("accuracy", "vqa_accuracy", "anls", "rouge_l", "bleu_1", "bleu_2", "bleu_3", "bleu_4")
+UNSUITABLE_REWARDS = {
+    **{
+        name: "runs Java, which is too slow to score every sampled answer"
+        for name in METRIC_DESCRIPTIONS
+        if name.endswith("_ptb") or name == "meteor"
+    },
+    **dict.fromkeys(("cider_d", "f1", "macro_f1"), "scores all answers together, not each by itself"),
+    **dict.fromkeys(("roc_auc", "top_5"), "ranks given labels, and no answer is sampled for it"),
 }
 
 # Keys of other trainers' configurations, in lower case -> the key of a recipe to suggest in their place, with
@@ -158,6 +171,8 @@ FOREIGN_KEYS = {
     "tf32": "train.precision",
     "mixed_precision": "train.precision",
     "torch_dtype": "trainable.dtype",
+    "max_completion_length": "train.grpo.max_completion_tokens",
+    "reward_funcs": "train.grpo.reward",
     # models and quantization
     "model_name_or_path": "model.language.name",
     "model_id": "model.language.name",

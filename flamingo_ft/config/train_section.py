@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
+from flamingo_ft.config.method_sections import DpoSection, GrpoSection, KtoSection
 from flamingo_ft.config.metric_names import AnswerMetricName, MetricName
 from flamingo_ft.config.section import LAX, Count, OutputPath, Section, with_keys
 from flamingo_ft.config.tables import BRIDGE_PARTS, CROSS_ATTENTION, Part
@@ -36,6 +37,10 @@ class RatesSection(Section):
     learn at the rate of the blocks: they change text without images too."""
     lora: Rate | None = None
     """Peak learning rate of all LoRA weights. null: train.learning_rate."""
+    loraplus_lr_ratio: Annotated[float, Field(ge=1)] | None = None
+    """LoRA+ (arXiv:2402.12354): learning rate of LoRA's B matrices, which start at zero, and of DoRA's
+    magnitudes, as a multiple of that of the A matrices, which keep theirs. The authors recommend 16 with half
+    the usual rate in lora. Try it if LoRA learns slowly. null: the same for both."""
 
 
 @with_keys(
@@ -55,23 +60,6 @@ class DecaysSection(Section):
     """Weight decay of all LoRA matrices. null: train.weight_decay."""
 
 
-class DpoSection(Section):
-    """Settings of direct preference optimization (DPO, arXiv:2305.18290).
-
-    They apply if train.method is dpo.
-    """
-
-    beta: Annotated[float, Field(gt=0)] = 0.1
-    """Strength of the penalty for moving away from the reference model, which is the model before training.
-    Larger values keep the model closer to it."""
-    loss_type: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
-    """Loss function: sigmoid (the original DPO), hinge (SLiC, arXiv:2305.10425) or ipo (IPO,
-    arXiv:2310.12036)."""
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """Assumed fraction of pairs whose preference is labelled the wrong way round (robust DPO,
-    arXiv:2403.00409). Raise it for noisy preferences. Only with the sigmoid loss."""
-
-
 class TrainSection(Section):
     """Training: method, length, optimization, checkpoints and logging. Set either max_steps or epochs."""
 
@@ -82,11 +70,17 @@ class TrainSection(Section):
     output_dir: OutputPath
     """Folder for everything the run writes, relative to the current directory. It has to be new or empty,
     unless the run is resumed."""
-    method: Literal["sft", "dpo"] = "sft"
+    method: Literal["sft", "dpo", "kto", "grpo"] = "sft"
     """sft: supervised fine-tuning on the answers. dpo: direct preference optimization on pairs of a chosen
-    and a rejected answer."""
+    and a rejected answer. kto: Kahneman-Tversky optimization on answers labelled good or bad, or on pairs.
+    grpo: group relative policy optimization, on the model's own answers, scored by a metric. All but sft need
+    a model that answers already (model.init_from)."""
     dpo: DpoSection = DpoSection()
     """Settings of DPO."""
+    kto: KtoSection = KtoSection()
+    """Settings of KTO."""
+    grpo: GrpoSection = GrpoSection()
+    """Settings of GRPO."""
     max_steps: Count | None = None
     """Length of the run in optimizer steps. Set either this or epochs."""
     epochs: Annotated[float, Field(gt=0)] | None = None
@@ -95,11 +89,13 @@ class TrainSection(Section):
     skipped or dropped count as drawn; with data.packing, the number of packed rows is estimated from the
     first 1,000 samples. Not available for streamed sources. Set either this or max_steps."""
     batch_size: Count = 8
-    """Samples per device and forward pass (with dpo, pairs of answers; with data.packing, packed rows). If
-    memory runs out, lower it and raise gradient_accumulation_steps by the same factor."""
+    """Samples per device and forward pass (with dpo, pairs of answers; with grpo, sampled answers, of which
+    num_generations belong to a question; with data.packing, packed rows). If memory runs out, lower it and
+    raise gradient_accumulation_steps by the same factor."""
     gradient_accumulation_steps: Count = 1
     """Forward passes per optimizer step. The loss is averaged over the label tokens of all of them, so the
-    result equals that of one large batch."""
+    result equals that of one large batch. (Except with kto, which compares answers within a forward pass,
+    the sft loss of dpo, and grpo.)"""
     learning_rate: Rate | None = None
     """Peak learning rate, for every part without its own in learning_rates. null: 1e-3 for a new
     bridge, 1e-4 for LoRA and for a bridge from model.init_from. Lower it if the loss is unstable."""
@@ -121,6 +117,11 @@ class TrainSection(Section):
     cosine)."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradient clipping: a gradient with a larger norm is scaled down to this norm."""
+    neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = None
+    """NEFTune (arXiv:2310.05914): add uniform noise to the text embeddings during training, up to
+    alpha / sqrt(tokens per row * width) in either direction. 5 to 15 are usual. Raise it against overfitting
+    when a small dataset has long answers. Images, evaluations and the saved adapter have no noise. Only with
+    method sft. null: none."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of storing them: less memory for about a third more
     time."""
@@ -167,6 +168,16 @@ class TrainSection(Section):
     push_to_hub: Annotated[str, Field(pattern=r"^[^/\s]+/[^/\s]+$")] | None = None
     """Hugging Face Hub repository, as org/name, that each checkpoint and the final adapter are uploaded to.
     Created as a private repository if it does not exist. null: nothing is uploaded."""
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether a frozen copy of the trained weights is kept, to compare the model with."""
+        return self.method in ("dpo", "kto") or (self.method == "grpo" and self.grpo.beta > 0)
+
+    @property
+    def samples_per_batch(self) -> int:
+        """How many samples of the data a forward pass takes on each device."""
+        return self.batch_size // (self.grpo.num_generations if self.method == "grpo" else 1)
 
 
 class EvalSection(Section):

@@ -19,8 +19,10 @@ from pydantic_core import ErrorDetails
 
 from flamingo_ft.config.recipe import CROSS_FIELD
 from flamingo_ft.config.section import section_of
+from flamingo_ft.config.stage_errors import at_written_locations, location_text
+from flamingo_ft.config.stages import STAGE_SECTIONS, StageSection
 from flamingo_ft.config.tables import FOREIGN_KEYS
-from flamingo_ft.config.yaml_document import Location
+from flamingo_ft.config.yaml_document import Location, dotted
 from flamingo_ft.formatting import shorten
 
 _EXPECTED = {  # pydantic's type of error -> what the value has to be
@@ -43,16 +45,13 @@ _MAX_ROUNDS = 6  # repair passes: filling in a section may reveal missing keys i
 Errors = list[tuple[Location, str]]
 
 
-def dotted(location: Location) -> str:
-    """Return a location as users write it, on one line: `data.train.0.path`."""
-    return " ".join(".".join(map(str, location)).split())
-
-
-def validation_errors(schema: type[BaseModel], error: ValidationError, values: Any = None) -> Errors:
+def validation_errors(
+    schema: type[BaseModel], error: ValidationError, values: Any = None, written: Any = None
+) -> Errors:
     """Return location and message of every error; a misspelt required key is not also reported as missing.
 
     values: the plain values that were validated; they allow for cross-field errors beside errors of single
-    values.
+    values. written: the same values before `merge_stages`.
     """
     single = _single_value_errors(error)
     unknown = [one["loc"] for one in single if one["type"] == "extra_forbidden"]
@@ -63,8 +62,12 @@ def validation_errors(schema: type[BaseModel], error: ValidationError, values: A
         if not (one["type"] == "missing" and one["loc"] in intended)
     ]
     invalid = [*(one["loc"] for one in single), *intended]  # the value of a misspelt key is unknown, too
+    errors = at_written_locations(errors, written)
     errors += _cross_field_errors(error) or _cross_field_errors_beside(schema, values, invalid)
-    return [(location, f"{dotted(location) or 'the recipe'}: {message}") for location, message in errors]
+    return [
+        (location, f"{location_text(location, values) or 'the recipe'}: {message}")
+        for location, message in errors
+    ]
 
 
 def _single_value_errors(error: ValidationError) -> list[ErrorDetails]:
@@ -148,12 +151,16 @@ def _nearest_keys(schema: type[BaseModel], location: Location) -> list[Location]
 
 
 def recipe_locations(schema: type[BaseModel], parent: Location = ()) -> Iterator[Location]:
-    """Yield the location of every key that a recipe may have; entries of a list are under index 0."""
+    """Yield the location of every key that a recipe may have; entries of a list are under index 0.
+
+    The sections of a stage have the keys of the recipe's own, which are not repeated.
+    """
     for name, field in schema.model_fields.items():
         here = (*parent, name)
         yield here
         section = section_of(field.annotation)
-        if section:
+        is_repeated = schema is StageSection and name in STAGE_SECTIONS
+        if section and not is_repeated:
             yield from recipe_locations(
                 section, (*here, 0) if get_origin(field.annotation) is tuple else here
             )
@@ -212,6 +219,9 @@ def _repair(schema: type[BaseModel], values: Any, location: Location, is_missing
     *parents, last = location
     section: type[BaseModel] | None = schema
     for step in parents:
+        if isinstance(values[step], str):  # one value in place of a list
+            last = step
+            break
         values = values[step]
         if section is not None and not isinstance(step, int):
             section = section_of(section.model_fields[step].annotation)

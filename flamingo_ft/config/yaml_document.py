@@ -20,6 +20,12 @@ from flamingo_ft.errors import UserError
 
 Location = tuple[str | int, ...]  # the keys and list indices that lead to a value
 
+
+def dotted(location: Location) -> str:
+    """Return a location as users write it, on one line: `data.train.0.path`."""
+    return " ".join(".".join(map(str, location)).split())
+
+
 _TAG = "tag:yaml.org,2002:"
 _SCALARS = (  # tag, pattern, first characters ("" stands for an empty value)
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),

@@ -85,7 +85,7 @@ class Batches:
         order: Callable[[int], Iterator[SampleIndex]],
         dataset: Dataset,
         group_rows: RowGrouping,
-        collate: Callable[[list[list[Example]]], dict[str, Tensor]],
+        collate: Callable[[list[list[Example]]], Any],
         stats: DataStats,
         loading: LoaderConfig,
         features: FeatureCache | None = None,
@@ -94,7 +94,7 @@ class Batches:
         Args:
             order: position -> the run's samples from there on.
             dataset: `SampleIndex` -> `Example` or `SkippedRow`, in the workers.
-            collate: rows of a batch -> its tensors.
+            collate: rows of a batch -> its tensors, or what else the trainer takes.
         """
         self.order, self.dataset, self.group_rows, self.collate = order, dataset, group_rows, collate
         self.stats, self.loading, self.features = stats, loading, features
@@ -102,7 +102,7 @@ class Batches:
         self._next = 0  # position of the next sample
         self._waiting: list[int] = []  # positions before it that are held back
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    def __iter__(self) -> Iterator[Any]:
         for rows in self.group_rows(self._examples()):
             returned = {position for row in rows for position, _ in row}
             self._waiting = [position for position in self._waiting if position not in returned]

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from torch.utils.data import Dataset
 
 from flamingo_ft.errors import UserError
 
-from .encode import Cut, Dropped, Encoded
-from .pairs import EncodedPair
+from .encode import Cut, Dropped
 from .sample import Sample
 from .sample_order import SampleIndex
 from .sources import Source
@@ -22,12 +21,35 @@ MIN_ROWS_JUDGED = 100
 MAX_SKIPPED_IN_A_ROW = 10_000  # of a stream, whose epoch has no known length
 
 
+class EncodedRow(Protocol):
+    """What every training method encodes a row to.
+
+    text_tokens: its length. label_tokens: tokens in the loss. images: how many of the sample's first images
+    and videos are in it. cut: what was cut. rewritten: whether the chat template changes an answer.
+    """
+
+    @property
+    def text_tokens(self) -> int: ...
+
+    @property
+    def label_tokens(self) -> int: ...
+
+    @property
+    def images(self) -> int: ...
+
+    @property
+    def cut(self) -> Cut: ...
+
+    @property
+    def rewritten(self) -> bool: ...
+
+
 @dataclass(frozen=True)
 class Example:
-    """A row to train on: its token ids (for a pair, both halves) and its media as tensors, in order."""
+    """A row to train on: its token ids (for a pair, both halves) and its media, in order."""
 
     where: str
-    encoded: Encoded | EncodedPair
+    encoded: EncodedRow
     media: list[Any]
 
 
@@ -56,7 +78,7 @@ class ExampleDataset(Dataset):
     def __init__(
         self,
         sources: Sequence[Source],
-        encode: Callable[[Sample], Encoded | EncodedPair | Dropped],
+        encode: Callable[[Sample], EncodedRow | Dropped],
         load_media: Callable[[Sample, int, int], list[Any]],
         write_boxes: Callable[[Sample, int], Sample] | None = None,
     ):

@@ -74,6 +74,17 @@ def text_field(row: Row, name: str, where: str) -> str:
     return check_unicode(row[name], f"{where}: {name}")
 
 
+def bool_field(row: Row, name: str, where: str) -> bool:
+    """Return a field that is true or false; tables also have 1 and 0, or either as text."""
+    value = row.get(name)
+    written = value.strip().lower() if isinstance(value, str) else value
+    if written in ("true", "1", 1):  # True equals 1
+        return True
+    if written in ("false", "0", 0):
+        return False
+    raise UserError(f"{where}: {name}: {_mismatch(row, name, 'true or false')}")
+
+
 def optional_text(row: Row, name: str, where: str) -> str | None:
     """Return a field of text; None if it is missing or blank."""
     text = text_field(row, name, where) if has_value(row, name) else ""

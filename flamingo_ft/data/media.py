@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL.Image import Image as Picture
@@ -142,6 +143,20 @@ class PixelLoader:
     def _augmented(self, sample: Sample, number: int, index: int, frames: list[Picture]) -> list[Picture]:
         augmentation = self.augmentation_of(sample, number, index, frames[0].size)
         return frames if augmentation is None else augmentation.apply(frames)
+
+
+@dataclass(frozen=True)
+class PictureLoader(PixelLoader):
+    """Loads a sample's images as Pillow images, augmented at random if ``augmentation`` is set."""
+
+    def __call__(self, sample: Sample, kept: int, number: int) -> list[Any]:
+        """Load the first ``kept`` images. Raises UserError, naming file and row, for a video."""
+        pictures = []
+        for index, medium in enumerate(sample.images[:kept]):
+            if isinstance(medium, Video):
+                raise UserError(f"{sample.where}: got a video; grpo takes images only")
+            pictures += self._augmented(sample, number, index, open_medium(medium, sample.where))
+        return pictures
 
 
 @dataclass(frozen=True)

@@ -23,15 +23,22 @@ from .encode import Dropped, encode_within
 from .eval_split import split_eval
 from .media import open_medium, read_bytes
 from .pairs import encode_pair
+from .prompts import encode_question
 from .render import apply_template
 from .sample import Image, Medium, Sample, Video, with_widest_boxes
 from .sample_order import SampleIndex, SampleOrder, WeightedSource
 from .sources import open_source
+from .unpaired import check_both_labels, encode_unpaired, unpaired_sources
 
 MAX_VALIDATED_ROWS = 50_000  # takes some seconds
 PACKED_SAMPLES = 1_000  # encoded to estimate how many samples fit into a packed row
-# SFT reads samples with one answer, DPO reads preference pairs.
-ENCODE: dict[str, Callable[..., Any]] = {"sft": encode_within, "dpo": encode_pair}
+# SFT and GRPO read samples with one answer, DPO preference pairs, KTO labelled answers.
+ENCODE: dict[str, Callable[..., Any]] = {
+    "sft": encode_within,
+    "dpo": encode_pair,
+    "kto": encode_unpaired,
+    "grpo": encode_question,
+}
 
 
 @dataclass(frozen=True)
@@ -111,21 +118,56 @@ def check_method(sources: Sequence[WeightedSource], method: str) -> None:
     """Raise UserError for a source that ``method`` cannot train on."""
     for weighted in sources:
         source = weighted.source
-        if source.is_preference and method == "sft":
+        is_answered = not (source.is_preference or source.has_label)
+        if method == "sft" and not is_answered:
+            got, use = ("preference pairs", "dpo") if source.is_preference else ("labelled answers", "kto")
             raise UserError(
-                f"{source.name}: expected samples with one answer, got preference pairs; "
-                "set train.method to dpo, or name another format"
+                f"{source.name}: expected samples with one answer, got {got}; "
+                f"set train.method to {use}, or name another format"
             )
-        if not source.is_preference and method == "dpo":
+        expected = {
+            "dpo": ("preference pairs (prompt, chosen, rejected)", source.is_preference),
+            "kto": ("labelled answers (prompt, completion, label) or preference pairs", not is_answered),
+            "grpo": ("questions with one answer", is_answered),
+        }
+        what, fits = expected.get(method, ("", True))
+        if not fits:
             raise UserError(
-                f"{source.name}: train.method dpo expects preference pairs (prompt, chosen, rejected), got "
-                f"{source.format} samples; name such data, or set train.method to sft"
+                f"{source.name}: train.method {method} expects {what}, got "
+                f"{source.format} samples; name such data, or set train.method to "
+                f"{'sft' if is_answered else 'dpo' if source.is_preference else 'kto'}"
             )
+    if method == "kto":
+        check_both_labels(sources)
 
 
-def encoder(processor: FlamingoProcessor, recipe: Recipe, limit: int) -> Callable[[Sample], Any]:
-    """Return the recipe's function from a sample to its tokens, at most ``limit`` per text."""
-    return partial(ENCODE[recipe.train.method], processor, max_text_tokens=limit, policy=recipe.data.too_long)
+def training_sources(data: OpenedData, method: str) -> list[WeightedSource]:
+    """Return the sources that batches are drawn from: with kto, preference pairs as two rows each."""
+    return unpaired_sources(data.train) if method == "kto" else data.train
+
+
+def encoder(
+    processor: FlamingoProcessor, recipe: Recipe, limit: int, method: str | None = None
+) -> Callable[[Sample], Any]:
+    """Return the function from a sample to what ``method`` encodes it to, at most ``limit`` tokens per text.
+
+    method: by default the recipe's. The limit of grpo also has room for the sampled answer. Raises UserError
+    if no room is left for the question.
+    """
+    method = method or recipe.train.method
+    if method == "grpo":
+        limit = _limit_of_questions(recipe, limit)
+    return partial(ENCODE[method], processor, max_text_tokens=limit, policy=recipe.data.too_long)
+
+
+def _limit_of_questions(recipe: Recipe, limit: int) -> int:
+    completion = recipe.train.grpo.max_completion_tokens
+    if completion >= limit:
+        raise UserError(
+            f"train.grpo.max_completion_tokens: got {completion}, which leaves no room for the question: the "
+            f"limit is {limit} text tokens; lower it, or raise data.max_text_tokens"
+        )
+    return limit - completion
 
 
 def with_max_steps(recipe: Recipe, data: OpenedData) -> Recipe:
@@ -157,12 +199,13 @@ def steps_per_epoch(recipe: Recipe, data: OpenedData) -> Fraction | None:
         return None
     rows = length * _rows_per_sample(recipe, data) if recipe.data.packing else Fraction(length)
     train = recipe.train
-    return rows / (train.batch_size * train.gradient_accumulation_steps * processes.world_size())
+    return rows / (train.samples_per_batch * train.gradient_accumulation_steps * processes.world_size())
 
 
 def samples_per_epoch(recipe: Recipe, data: OpenedData) -> int | None:
     """Return how many samples, or pairs, are drawn in an epoch; None if a source is streamed."""
-    return SampleOrder(data.train, recipe.train.seed).epoch_length
+    sources = training_sources(data, recipe.train.method)
+    return SampleOrder(sources, recipe.train.seed).epoch_length
 
 
 def exact_fraction(number: float) -> Fraction:

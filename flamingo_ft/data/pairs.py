@@ -123,7 +123,7 @@ def prompt_and_answers(sample: Sample) -> tuple[Messages, Messages, Messages]:
     start = answer_start(sample.messages)
     answers = sample.messages[start:], sample.rejected
     for name, messages in zip(("chosen", "rejected"), answers, strict=True):
-        _check_answer(messages, f"{sample.where}: {name}")
+        check_answer(messages, f"{sample.where}: {name}")
     return sample.messages[:start], *answers
 
 
@@ -132,7 +132,8 @@ def answer_start(messages: Messages) -> int:
     return 1 + max((i for i, message in enumerate(messages) if message["role"] != "assistant"), default=-1)
 
 
-def _check_answer(messages: Messages, where: str) -> None:
+def check_answer(messages: Messages, where: str) -> None:
+    """Raise UserError unless the messages are the assistant's, and text."""
     if not messages or any(message["role"] != "assistant" for message in messages):
         raise UserError(f"{where}: does not end with an assistant message; add the answer")
     if any(is_image(block) for message in messages for block in message["content"]):

@@ -47,9 +47,8 @@ def apply_template(processor: FlamingoProcessor, data: DataSection) -> None:
     if protect(processor.tokenizer, data.system_prompt) != data.system_prompt:
         raise UserError("data.system_prompt: contains the text of a special token; write it without")
     prefix = WITH_SYSTEM_PROMPT.replace("PROMPT", jinja_literal(data.system_prompt))
-    processor.chat_template = prefix + template
-    _check_system_prompt(processor, data.system_prompt)
-    processor.chat_template = _corrected(processor, processor.chat_template)
+    _check_system_prompt(processor, data.system_prompt, template, prefix + template)
+    processor.chat_template = _corrected(processor, prefix + template)
 
 
 def render_dialogue(
@@ -169,14 +168,29 @@ def _corrected(processor: FlamingoProcessor, template: str) -> str:
     return corrected.text
 
 
-def _check_system_prompt(processor: FlamingoProcessor, prompt: str) -> None:
+def _check_system_prompt(processor: FlamingoProcessor, prompt: str, template: str, prompted: str) -> None:
+    """Raise UserError if ``prompted``, the template with the system prompt, refuses or ignores it.
+
+    It need not write the whole prompt: SmolLM3's, for one, takes out "/no_think" and turns off reasoning.
+    """
     remedy = "set it to null, or data.template to flamingo"
+    dialogue = [text_message("user", "a"), text_message("assistant", "b")]
     try:
-        text, _ = render_dialogue(processor, [text_message("user", "a"), text_message("assistant", "b")])
+        processor.chat_template = prompted
+        text, _ = render_dialogue(processor, dialogue)
     except UserError as error:
         raise UserError(f"data.system_prompt: {error}; {remedy}") from None
-    if prompt.strip() not in text:
+    processor.chat_template = template
+    if prompt.strip() not in text and text == _rendered_or_none(processor, dialogue):
         raise UserError(f"data.system_prompt: the chat template leaves out a system message; {remedy}")
+
+
+def _rendered_or_none(processor: FlamingoProcessor, dialogue: list[dict]) -> str | None:
+    """Return the text of a dialogue; None if the template refuses it, as some do without a system message."""
+    try:
+        return render_dialogue(processor, dialogue)[0]
+    except UserError:
+        return None
 
 
 def _render(processor: FlamingoProcessor, turns: list[dict], **options: bool) -> tuple[str, list[Span]]:

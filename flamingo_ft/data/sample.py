@@ -1,4 +1,4 @@
-"""`Sample`, what every row of every source becomes: a dialogue, a document or a preference pair."""
+"""`Sample`, what every row of every source becomes: a dialogue, a document, or answers that are compared."""
 
 from __future__ import annotations
 
@@ -74,6 +74,7 @@ class Sample:
         task: group name in evaluation results.
         where: file and row, for error messages.
         rejected: in a preference pair, the messages of the worse answer (the better one ends ``messages``).
+        label: of an answer that is labelled good (True) or bad (False), whether it is good; else None.
         unread: columns of text in the row, and keys of its messages, that its schema does not read.
         other_answers: reference answers of evaluation beside the one in ``messages``, which alone is trained
             on; an answer that several people gave is there several times.
@@ -91,6 +92,7 @@ class Sample:
     other_answers: tuple[str, ...] = ()
     boxes: tuple[Box, ...] = ()
     geometries: tuple[ImageGeometry | None, ...] = ()
+    label: bool | None = None
 
 
 def text_message(role: str, text: str) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from flamingo_ft.errors import UserError
 from flamingo_ft.hub.names import hub_name
 
 from .results import card_tables
+from .run_tables import run_tables
 from .variant_tables import variant_tables
 from .variants import NAMES
 
@@ -29,7 +30,8 @@ def scored_card(folder: Path, repository: str | None = None, license: str | None
     """Return the card of the model in ``folder``. repository: its name on the Hub, if it is pushed."""
     path = folder / METRICS_FILE
     metrics = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    text = card_text(folder, repository, license, tables=card_tables(metrics.get("eval")))
+    scores, others = card_tables(metrics.get("eval")), run_tables(metrics)
+    text = card_text(folder, repository, license, tables=scores, run_tables=others)
     if any(folder.glob("*.py")):
         text += WITHOUT_THE_PACKAGE.replace("this/folder", repository or "this/folder")
     return text

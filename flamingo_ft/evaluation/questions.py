@@ -51,14 +51,17 @@ def questions_of(samples: Sequence[Sample]) -> list[Question]:
     """Return one question per assistant turn that is trained on; earlier turns are given as they are.
 
     A document with images is one question: its text up to the last image is the prompt, the rest the answer.
-    Of a preference pair, only the turns of the preferred answer count; the turns before it are the prompt.
+    Of a preference pair, only the turns of the preferred answer count; the turns before it are the prompt. So
+    it is with an answer labelled good; one labelled bad is no reference.
     """
     return [question for index, sample in enumerate(samples) for question in _questions(sample, index)]
 
 
 def _questions(sample: Sample, index: int) -> Iterator[Question]:
     """Yield the questions of a sample. A sample with several reference answers has one question."""
-    first = answer_start(sample.messages) if sample.rejected else 0
+    if sample.label is False:
+        return
+    first = answer_start(sample.messages) if sample.rejected or sample.label else 0
     for turn, message in enumerate(sample.messages):
         if message["role"] == "assistant" and message.get("loss") is not False and turn >= first:
             yield _question(sample, index, sample.messages[:turn], message)
@@ -205,7 +208,7 @@ def answer_lengths(
         begin = len(encoded.input_ids) - encoded.input_ids[::-1].index(processor.image_token_id)
     by_loss = groupby(encoded.labels[begin:], lambda label: label != IGNORED)
     answers = [list(labels) for has_loss, labels in by_loss if has_loss]
-    if sample.rejected:
+    if sample.rejected or sample.label:
         answers = answers[-1:]
     return [_length(answer, end_tokens) for answer in answers]
 

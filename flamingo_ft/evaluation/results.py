@@ -6,6 +6,7 @@ other images.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,6 +22,7 @@ from flamingo_ft.data.sample import display_text
 
 from .image_loss_gap import ImageLossGap
 from .image_use import image_use
+from .loss_by_kind import LossByKind, loss_record
 from .metrics import ACCURACY, Metric, Prediction, metrics_in, normalize, user_metrics_record
 from .question_boxes import boxes_record
 from .questions import Question
@@ -56,12 +58,14 @@ class Results:
     """Answers to the same questions under several conditions: ``BEFORE``, ``AFTER`` and ``SHUFFLED``.
 
     metrics: what the answers are scored by. image_loss_gap: that of the final model, if it was measured.
+    loss_by_kind: the losses ``BEFORE`` and ``AFTER`` training, if there are rows without images.
     """
 
     questions: Sequence[Question]
     answers: dict[str, Sequence[Prediction]] = field(default_factory=dict)
     metrics: Sequence[Metric] = (ACCURACY,)
     image_loss_gap: ImageLossGap | None = None
+    loss_by_kind: dict[str, LossByKind] = field(default_factory=dict)
 
     @property
     def conditions(self) -> list[str]:
@@ -77,7 +81,7 @@ class Results:
 
         A metric that is not defined on the answers is None, such as F1 without a positive one. With answers
         to shuffled images, ``verdict`` says in a sentence whether the model uses its images.
-        ``image_loss_gap`` is there if it was measured.
+        ``image_loss_gap`` and ``loss_by_kind`` are there if they were measured.
         """
         by_task: dict[str, list[int]] = defaultdict(list)
         for index, question in enumerate(self.questions):
@@ -89,6 +93,8 @@ class Results:
         gap = self.image_loss_gap
         if gap is not None:
             record["image_loss_gap"] = asdict(gap)
+        if self.loss_by_kind:
+            record["loss_by_kind"] = loss_record(self.loss_by_kind)
         if SHUFFLED in self.answers:
             record["verdict"] = image_use(self.questions, self.texts(AFTER), self.texts(SHUFFLED), gap)
         return {**record, "per_task": per_task}
@@ -181,6 +187,25 @@ def _row(question: Question) -> dict[str, Any]:
         "answer": question.answer,
     }
     return row | ({"references": question.references} if question.other_answers else {})
+
+
+def with_scores_before(evaluation: Mapping[str, Any], earlier: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an ``eval`` record with the scores `BEFORE` of an earlier one on the same questions."""
+    merged = copy.deepcopy(dict(evaluation))
+    for metric in metrics_in(evaluation):
+        records = [(merged, earlier, overall_key(metric, BEFORE))]
+        records += [
+            (task, earlier["per_task"][name], task_key(metric, BEFORE))
+            for name, task in merged["per_task"].items()
+            if name in earlier.get("per_task", {})
+        ]
+        for record, source, key in records:
+            if key in source:
+                record[key] = source[key]
+    for kind, losses in merged.get("loss_by_kind", {}).items():
+        before = (earlier.get("loss_by_kind") or {}).get(kind, {})
+        losses |= {BEFORE: before[BEFORE]} if BEFORE in before else {}
+    return merged
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 from PIL.Image import Image as Picture
 
 from flamingo_ft import atomic
-from flamingo_ft.adapters.card import ComparisonTable
+from flamingo_ft.adapters.card import TextTable
 from flamingo_ft.data.drawing import ASKED, COLOURS, PREDICTED, REFERENCE, DrawnBox, draw_boxes
 from flamingo_ft.data.media import open_medium
 from flamingo_ft.data.sample import display_text
@@ -57,7 +57,7 @@ def write_results_page(
     answers: Mapping[str, Sequence[Prediction]],
     metrics: Sequence[Metric],
     *,
-    tables: Sequence[ComparisonTable] = (),
+    tables: Sequence[TextTable] = (),
     variants: Mapping[str, Sequence[Prediction]] | None = None,
 ) -> None:
     """Write the page of an evaluation.

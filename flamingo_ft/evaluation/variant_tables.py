@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from flamingo_ft.adapters.card import ComparisonTable
+from flamingo_ft.adapters.card import TextTable
 from flamingo_ft.formatting import plural, significant
 
 from .metrics import Metric, find_metrics
@@ -15,7 +15,7 @@ from .variants import EVERY, TEXT_ONLY, WITH_IMAGES
 QUESTIONS = {EVERY: "", WITH_IMAGES: " with images", TEXT_ONLY: " without images"}
 
 
-def variant_tables(variants: Sequence[Mapping[str, Any]]) -> list[ComparisonTable]:
+def variant_tables(variants: Sequence[Mapping[str, Any]]) -> list[TextTable]:
     """Return a table for each metric and each part of the questions, with a row for each variant.
 
     variants: records of `compare_variants`.
@@ -23,7 +23,7 @@ def variant_tables(variants: Sequence[Mapping[str, Any]]) -> list[ComparisonTabl
     return [_table(variants, place) for place in range(len(variants[0]["scores"]) if variants else 0)]
 
 
-def _table(variants: Sequence[Mapping[str, Any]], place: int) -> ComparisonTable:
+def _table(variants: Sequence[Mapping[str, Any]], place: int) -> TextTable:
     """Return the table of one entry of ``scores``."""
     scores = [variant["scores"][place] for variant in variants]
     (metric,) = find_metrics([scores[0]["metric"]])
@@ -37,7 +37,7 @@ def _table(variants: Sequence[Mapping[str, Any]], place: int) -> ComparisonTable
         speed = significant(variant["samples_per_second"])
         rows.append([label_of(variant), _score(metric, score), *differences, *values, speed])
     questions = plural(scores[0]["samples"], "question") + QUESTIONS[scores[0]["questions"]]
-    return ComparisonTable(f"{metric.title}, {questions}", columns, rows)
+    return TextTable(f"{metric.title}, {questions}", columns, rows)
 
 
 def label_of(variant: Mapping[str, Any]) -> str:

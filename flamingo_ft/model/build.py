@@ -87,8 +87,7 @@ def set_media_options(processor: FlamingoProcessor, data: DataSection) -> None:
     images, tiles = processor.image_processor, data.tiles
     images.video_frames = data.video_frames
     if tiles is not None:
-        tile_pixels = None if tiles.size == "auto" else tiles.size
-        images.tiles = Tiling(tiles.max, tile_pixels, tiles.thumbnail).to_dict()
+        images.tiles = Tiling(tiles.max, tiles.size, tiles.thumbnail).to_dict()
 
 
 # --- before the weights are loaded: configurations, image transform, tokenizer ---

@@ -5,7 +5,7 @@ template ensures that: some ignore ``add_generation_prompt``, some open ``<think
 reasoning before earlier answers, and some write an empty reasoning block before the last answer only. Each
 template is tried on short dialogues. If its prompt does not fit, the prompt becomes what the template writes
 before its answers, and an empty block that is written before the last answer only is left out, so that all
-answers begin alike.
+answers begin alike. A template that drops the reasoning of every answer keeps that of the last one.
 """
 
 from __future__ import annotations
@@ -45,6 +45,16 @@ WITHOUT_BLOCK = (
     " if messages and messages[-1]['role'] == 'assistant'"
     " and not (WORDS | select('in', messages[-1]['content'] or '') | list) else flamingo_text }}"
 )
+# The reasoning of earlier answers is left out, as the model is prompted.
+WITH_LAST_REASONING = (
+    "{% set flamingo_last = messages[-1]['content'] if messages and messages[-1]['role'] == 'assistant'"
+    " and THINK_END in (messages[-1]['content'] or '') else none %}"
+    "{% if flamingo_last %}{% set messages = messages[:-1] + [dict(messages[-1], content=MARK)] %}{% endif %}"
+    "{% set flamingo_answered %}{{ '' }}TEMPLATE{{ '' }}{% endset %}"
+    "{{ flamingo_answered.rsplit(MARK, 1) | join(flamingo_last) if flamingo_last else flamingo_answered }}"
+)
+THINK_END = "</think>"
+REASONED = "<think>\nqzwhy\n</think>\n\nqzsay"
 
 
 @dataclass(frozen=True)
@@ -144,11 +154,9 @@ def _answer_template(template: str, special_tokens: str) -> AnswerTemplate:
     answers = partial(_answers, rendered, dialogues)
     if not answers(template) and _leaves_out(rendered(template, turns=dialogues[0])[0], dialogues[0]):
         return AnswerTemplate(template, "leaves out the assistant's answers")
-    if _fits(answers(template)):
-        return AnswerTemplate(template)
-    for candidate in _candidates(template, answers):
+    for candidate in (template, *_candidates(template, answers)):
         if _fits(answers(candidate)):
-            return AnswerTemplate(candidate)
+            return AnswerTemplate(_with_last_reasoning(candidate, rendered, dialogues[0]))
     return AnswerTemplate(template, "has a generation prompt that differs from the text before its answers")
 
 
@@ -234,6 +242,15 @@ def _without_block(template: str, answers: Sequence[_Answer]) -> Iterator[str]:
             OPENING=opening,
             WORDS=last.gap.split(),
         )
+
+
+def _with_last_reasoning(template: str, rendered: Render, dialogue: Turns) -> str:
+    """Return the template, changed to keep the last answer's reasoning if it drops that."""
+    reasoned = [*dialogue[:-1], {**dialogue[-1], "content": REASONED}]
+    text = _written(rendered, template, reasoned)
+    if is_marked(template) or text is None or "qzwhy" in text:
+        return template
+    return _filled(WITH_LAST_REASONING, template, THINK_END=THINK_END, MARK="qzlast")
 
 
 def _filled(wrapper: str, template: str, **values: Any) -> str:

@@ -259,6 +259,9 @@ class MediaConditioning:
     def _cross_attend(self, index: int, hidden: Tensor, media: Media, visible: Tensor | None) -> Tensor:
         """Run the block before decoder layer ``index``; without gradients, keep its keys and values."""
         block: Any = self.blocks[index]
+        if visible is not None:
+            # In generate, layers that reuse the keys and values of others (Gemma 4) get the last token only.
+            visible = visible[:, -hidden.shape[1] :]
         if media.latents is None or torch.is_grad_enabled():
             return block(block.entry(hidden), media.latents, visible)[0]
         key = index, torch.is_autocast_enabled(hidden.device.type)

@@ -18,7 +18,9 @@ BRIDGE: dict[str, Part] = {part.name: part for part in BRIDGE_PARTS}
 ATTENTION_GATE = "attn_gate"
 GATES = "gates"  # the attention gates; feed-forward gates learn with the rest of their blocks
 LORA = "lora"  # all LoRA weights share one optimizer group, whichever part they adapt
-OPTIMIZER_GROUPS = (*BRIDGE, GATES, LORA)
+LORA_B = "lora_b"  # of these, the ones that LoRA+ gives a higher learning rate
+OPTIMIZER_GROUPS = (*BRIDGE, GATES, LORA, LORA_B)
+RAISED_BY_LORA_PLUS = (".lora_B.", ".lora_magnitude_vector.")  # the same parameters as in PEFT
 ATTENTION_MATRICES = (".to_q.weight", ".to_kv.weight", ".to_out.weight")  # of the perceiver and the blocks
 
 
@@ -73,7 +75,9 @@ def optimizer_group(name: str) -> str:
     """Return the optimizer group of the trainable parameter ``name``, one of `OPTIMIZER_GROUPS`."""
     if name.endswith(ATTENTION_GATE):
         return GATES
-    return LORA if is_lora(name) else part_of(name).name
+    if not is_lora(name):
+        return part_of(name).name
+    return LORA_B if any(kind in name for kind in RAISED_BY_LORA_PLUS) else LORA
 
 
 def is_decayed(name: str, parameter: Tensor) -> bool:

@@ -70,6 +70,9 @@ class PerceiverLayer(CheckpointedBlock, nn.ModuleList):
         return latents + mlp(latents)
 
 
+TILE_STD = 0.5  # of the embeddings of tiles at first, relative to the tokens
+
+
 class PerceiverResampler(nn.Module):
     """Resamples each medium (one image, or the frames of one video) into ``num_latents`` latents.
 
@@ -79,9 +82,8 @@ class PerceiverResampler(nn.Module):
 
     max_num_frames: adds a learned embedding for each frame; max_num_media: adds one for each position of a
     medium in its sample; max_tiles: adds those of a tile's row and column, and one to views of the whole
-    image. Without them, frames, media or tiles are unordered, as in the released OpenFlamingo models. Those
-    of tiles are zero at first, so that a bridge that was trained without tiles reads each tile as it read
-    images; their unit is the root mean square of the medium's tokens, whatever the tower's scale.
+    image. Without them, frames, media or tiles are unordered, as in the released OpenFlamingo models. The
+    unit of those of tiles is the root mean square of the medium's tokens, whatever the tower's scale.
     """
 
     def __init__(
@@ -113,7 +115,8 @@ class PerceiverResampler(nn.Module):
             if parameter is not None:
                 nn.init.normal_(parameter)
         if self.tile_embs is not None:
-            nn.init.zeros_(self.tile_embs)
+            # From zero, places are learned much later (tests/benchmarks/README.md, "Detail in images").
+            nn.init.normal_(self.tile_embs, std=TILE_STD)
 
     def forward(self, tokens: Tensor, slots: Tensor | None = None, grid: Grid = UNTILED) -> Tensor:
         """tokens (B, M, F, V, D) -> latents (B, M, L, D); without layers, L = V, or F * V for tiles.

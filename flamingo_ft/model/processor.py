@@ -290,9 +290,11 @@ def deal_images(images: Any, markers: Sequence[int]) -> list[list[Any]]:
     if len(images) != len(markers):
         raise UserError(f"got {len(images)} lists of images for {len(markers)} texts; pass one each")
     for row, (own, count) in enumerate(zip(images, markers, strict=True)):
-        if len(own) != count:
-            raise UserError(f"text {row} has {count} {MEDIA_TOKEN} markers but {len(own)} images; {remedy}")
-    return [list(row) for row in images]
+        if len(own or ()) != count:  # TRL's GRPO has None for a text without images
+            raise UserError(
+                f"text {row} has {count} {MEDIA_TOKEN} markers but {len(own or ())} images; {remedy}"
+            )
+    return [list(row or ()) for row in images]
 
 
 def _deal_in_order(images: Sequence[Any], markers: Sequence[int], remedy: str) -> list[list[Any]]:

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from flamingo_ft.backbones.decoder_layers import NO_CONTEXT_LIMIT
-from flamingo_ft.config import Recipe
+from flamingo_ft.config import Recipe, TrainSection
 from flamingo_ft.config.paths import path_exists
 from flamingo_ft.data import Sample, open_data
 from flamingo_ft.data.collate import pack
-from flamingo_ft.data.encode import encode
-from flamingo_ft.data.pairs import prompt_and_answers
+from flamingo_ft.data.encode import encode, encode_prompt
+from flamingo_ft.data.pairs import answer_start, prompt_and_answers
 from flamingo_ft.data.sample import Video, message_text, with_widest_boxes
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoProcessor
@@ -40,7 +40,8 @@ class Batch:
         views: of each image: tiles and the whole image.
         image_size: height and width in pixels.
         where_from: where ``text_tokens`` comes from, for the user.
-        answers: texts per sample: 2 for preference pairs, whose texts show the same images.
+        answers: texts per sample, which show the same images: 2 for preference pairs, with grpo as many as
+            are sampled.
     """
 
     samples: int
@@ -94,9 +95,10 @@ def longest_batch(
         raise UserError(
             "data.max_text_tokens: got neither data nor a limit to plan for; set it, or --text-tokens"
         )
-    answers = 2 if recipe.train.method == "dpo" else 1
+    train = recipe.train
+    answers = {"dpo": 2, "grpo": train.grpo.num_generations}.get(train.method, 1)
     views = most_views(processor.image_processor.tiling)
-    return Batch(recipe.train.batch_size, tokens, images, image_size, where_from, answers, views)
+    return Batch(train.samples_per_batch, tokens, images, image_size, where_from, answers, views)
 
 
 def most_views(tiling: Tiling | None) -> int:
@@ -120,7 +122,7 @@ def longest_sample(recipe: Recipe, processor: FlamingoProcessor, limit: int) -> 
         images = max(images, _images(sample, recipe))
         push = heapq.heappush if count <= TOKENIZED_SAMPLES else heapq.heappushpop
         push(longest, (_characters(sample), count, sample))
-    tokens = max(_text_tokens(processor, sample) for *_, sample in longest)
+    tokens = max(_text_tokens(processor, sample, recipe.train) for *_, sample in longest)
     description = "the longest of the data"
     if count == MAX_SAMPLES_READ:
         description = f"the longest of the first {MAX_SAMPLES_READ:,} samples"
@@ -157,7 +159,11 @@ def _characters(sample: Sample) -> int:
     )
 
 
-def _text_tokens(processor: FlamingoProcessor, sample: Sample) -> int:
+def _text_tokens(processor: FlamingoProcessor, sample: Sample, train: TrainSection) -> int:
+    """Return the tokens of a sample's longest text; with grpo, of its question and a whole sampled answer."""
+    if train.method == "grpo":
+        question = sample.messages[: answer_start(sample.messages)]
+        return len(encode_prompt(processor, question)) + train.grpo.max_completion_tokens
     return max(len(encode(processor, text).input_ids) for text in _texts(sample))
 
 

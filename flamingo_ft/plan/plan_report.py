@@ -79,16 +79,34 @@ class PlanReport:
         }
 
 
+@dataclass(frozen=True)
+class DevicePlans:
+    """The plans of a recipe for a GPU and, without a GPU, for a CPU; planner: of those for a GPU."""
+
+    planner: Planner
+    cuda: Plan
+    cpu: Plan | None
+
+    @classmethod
+    def of(cls, recipe: Recipe, text_tokens: int | None = None, images: int | None = None) -> DevicePlans:
+        """Plan ``recipe``. text_tokens, images: as for `make_plan_report`."""
+        planner = Planner(recipe, "cuda", text_tokens=text_tokens, images=images)
+        plan = planner.plan(recipe)
+        sizes = {"text_tokens": plan.batch.text_tokens, "images": plan.batch.images}
+        cpu = None if torch.cuda.is_available() else Planner(recipe, "cpu", **sizes).plan(recipe)
+        return cls(planner, plan, cpu)
+
+    def report(self) -> PlanReport:
+        """Return the report, with changes that save memory if some GPU is too small."""
+        return PlanReport(self.cuda, suggest_changes(self.planner, self.cuda), self.cpu)
+
+
 def make_plan_report(recipe: Recipe, text_tokens: int | None = None, images: int | None = None) -> PlanReport:
     """Plan ``recipe``, and look for changes that save memory if some GPU is too small.
 
     text_tokens, images: sizes of the longest sample; by default they are read from the data.
     """
-    planner = Planner(recipe, "cuda", text_tokens=text_tokens, images=images)
-    plan = planner.plan(recipe)
-    sizes = {"text_tokens": plan.batch.text_tokens, "images": plan.batch.images}
-    cpu = None if torch.cuda.is_available() else Planner(recipe, "cpu", **sizes).plan(recipe)
-    return PlanReport(plan, suggest_changes(planner, plan), cpu)
+    return DevicePlans.of(recipe, text_tokens, images).report()
 
 
 def plan_record(plan: Plan) -> dict[str, Any]:

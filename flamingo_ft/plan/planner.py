@@ -162,7 +162,7 @@ def _fake_tensor_log_disabled() -> Generator[None]:
 def _components(
     model: FlamingoForConditionalGeneration, recipe: Recipe, device: Device
 ) -> Iterator[Component]:
-    """Yield the parts of the model, the LoRA on each, and the weights that DPO's reference copies."""
+    """Yield the parts of the model, the LoRA on each, and the weights that a reference model copies."""
     tensors = dict(chain(model.named_parameters(), model.named_buffers()))  # tied tensors once
     for part in COMPONENTS:
         own = {key: tensor for key, tensor in tensors.items() if key.startswith(part.prefix)}
@@ -170,7 +170,7 @@ def _components(
         yield _component(part.short, own, recipe.train, device)
         if lora:
             yield _component(f"LoRA on {part.short}", lora, recipe.train, device)
-    if recipe.train.method == "dpo":
+    if recipe.train.has_reference:
         copied = sum(tensor.nbytes for tensor in tensors.values() if tensor.requires_grad)
         yield Component(
             "reference", frozen=copied, trainable_parameters=0, trainable=0, gradients=0, optimizer=0

@@ -29,7 +29,11 @@ from .longest_batch import Batch
 from .memory_tracker import CUDA_ALLOCATION_BLOCK, MemoryTracker
 
 SFT_METRICS = ("log_probs", "entropy", "is_top1")  # what SFTTrainer asks of the fused output head
-DPO_METRICS = ("log_probs", "entropy", "mean_logits", "is_top1")  # DPOTrainer, of the policy
+POLICY_METRICS = {  # what the other trainers ask of it, of the policy
+    "dpo": ("log_probs", "entropy", "mean_logits", "is_top1"),
+    "kto": ("log_probs", "entropy", "mean_logits"),
+    "grpo": ("log_probs", "entropy"),
+}
 REFERENCE_METRICS = ("log_probs",)
 
 # bitsandbytes 0.50.2, optim/optimizer.py, in elements: the smallest parameters with 8-bit and with paged
@@ -64,7 +68,7 @@ def simulate_step(
     if config.gradient_checkpointing:
         options = {"use_reentrant": False, "context_fn": partial(recompute_contexts, device)}
         model.activation_checkpointing_enable(options)
-    models = [model, frozen_copy(model)] if config.method == "dpo" else [model]
+    models = [model, frozen_copy(model)] if config.has_reference else [model]
     model.train()
     with (
         MemoryTracker(_allocation_block(device)) as tracker,
@@ -135,7 +139,7 @@ def _forward_and_backward(
     for inputs in batches:
         with activation_offload() if config.activation_offload and device == "cuda" else nullcontext():
             with torch.autocast("cpu", dtype, enabled=dtype is not None):
-                loss = _loss(*models, inputs=inputs, device=device)
+                loss = _loss(models, inputs, config, device)
             loss.backward()
         del loss
     del samples, waiting
@@ -168,21 +172,43 @@ def _watch_gradients(trained: Iterable[Tensor], tracker: MemoryTracker, dropped:
 
 
 def _loss(
-    model: FlamingoForConditionalGeneration,
-    reference: FlamingoForConditionalGeneration | None = None,
-    *,
+    models: Sequence[FlamingoForConditionalGeneration],
     inputs: dict[str, Tensor],
+    config: TrainSection,
     device: Device,
 ) -> Tensor:
-    """Return the mean loss over labels, or with a ``reference`` the loss of DPO."""
-    if reference is None:
-        log_probs, *_metrics = _log_probs(model, inputs, device, SFT_METRICS, labels_only=True)
+    """Return a loss of the method's passes in their order. models: the policy, and the reference if any."""
+    policy, *references = models
+    if config.method == "sft":
+        log_probs, *_metrics = _log_probs(policy, inputs, device, SFT_METRICS, labels_only=True)
         return -log_probs.sum() / inputs["labels"][:, 1:].numel()
+    compared: list[Tensor] = []
+    if config.method == "grpo":
+        _sample_answers(policy, inputs)
+        compared += [_without_gradient(one, inputs, device) for one in references]
+    if config.method == "kto":  # on prompts with the answers of other rows
+        compared.append(_without_gradient(policy, inputs, device))
     # The metrics are bound to a name because TRL keeps them alive until the loss is computed.
-    log_probs, *_metrics = _log_probs(model, inputs, device, DPO_METRICS)
-    with torch.no_grad():
-        reference_log_probs, *_ = _log_probs(reference, inputs, device, REFERENCE_METRICS)
-    return (reference_log_probs - log_probs).sum()
+    log_probs, *_metrics = _log_probs(policy, inputs, device, POLICY_METRICS[config.method])
+    if config.method != "grpo":
+        passes = 2 if config.method == "kto" else 1
+        compared += [_without_gradient(one, inputs, device) for one in references * passes]
+    return sum((one - log_probs for one in compared), -log_probs).sum()
+
+
+@torch.no_grad()
+def _sample_answers(model: FlamingoForConditionalGeneration, inputs: dict[str, Tensor]) -> None:
+    """Fill the key/value cache as generation does, with all tokens in one pass, and release it."""
+    media = {"pixel_values": inputs["pixel_values"]} if "pixel_values" in inputs else {}
+    model.backbone(inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=True, **media)
+
+
+@torch.no_grad()
+def _without_gradient(
+    model: FlamingoForConditionalGeneration, inputs: dict[str, Tensor], device: Device
+) -> Tensor:
+    log_probs, *_ = _log_probs(model, inputs, device, REFERENCE_METRICS)
+    return log_probs
 
 
 def _log_probs(

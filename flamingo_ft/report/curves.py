@@ -18,6 +18,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter, StrM
 
 from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.image_loss_gap import CLEAR, ImageLossGap
+from flamingo_ft.evaluation.loss_by_kind import KIND_LABELS, log_key
 from flamingo_ft.evaluation.metrics import Metric
 from flamingo_ft.formatting import percent, significant
 
@@ -30,9 +31,12 @@ FIGURE_SIZE = (7.0, 3.0)  # inches
 FONT_SIZES = {"title": 12, "label": 10, "tick": 9}  # points
 
 MAX_POINTS = 2000  # per curve; more would be finer than a pixel
+MAX_LEGEND_CHARACTERS = 40  # of all labels; a longer legend would reach the title, and is inside the axes
 MAX_MARKED_POINTS = 12  # curves of so few points show each as a dot
 LOG_SCALE_RATIO = 50  # a gradient norm that spans more than this has a logarithmic axis
+PER_LABEL_TOKEN = "loss (nats per label token)"
 COLOURS = (BLUE, ORANGE, GREEN, VIOLET, RED, TEAL)
+STEP_LABEL = "optimizer step"
 Write = Callable[[float], str]  # value -> text
 
 
@@ -70,11 +74,50 @@ def loss_curve(run: str | Path) -> Figure:
 
 
 def loss_figure(entries: Sequence[Entry]) -> Figure | None:
-    """Plot the loss in training and on held-out samples."""
-    curves = _present(curve(entries, "loss", "training"), curve(entries, "eval_loss", "held out"))
-    is_dpo = any("rewards/margins" in entry for entry in entries)
-    unit = "loss (nats per pair)" if is_dpo else "loss (nats per label token)"
-    return _figure("Loss" if len(curves) > 1 else "Training loss", unit, curves, from_zero=True)
+    """Plot the loss in training and on held-out samples; of GRPO only the latter, if there is one."""
+    training, held_out = curve(entries, "loss", "training"), curve(entries, "eval_loss", "held out")
+    is_grpo = any("reward" in entry for entry in entries)
+    if is_grpo and held_out is not None:  # another quantity than the policy loss of training
+        return _figure("Held-out loss", PER_LABEL_TOKEN, [held_out], from_zero=True)
+    curves = _present(training, held_out)
+    title = "Loss" if len(curves) > 1 else "Training loss"
+    return _figure(title, _loss_unit(entries), curves, from_zero=True)
+
+
+def _loss_unit(entries: Sequence[Entry]) -> str:
+    """Return the unit of the training loss; the stages of a run may differ."""
+    training = [entry for entry in entries if "loss" in entry]
+    return " or ".join(dict.fromkeys(map(_unit_of_entry, training))) or PER_LABEL_TOKEN
+
+
+def _unit_of_entry(entry: Entry) -> str:
+    if "reward" in entry:  # GRPO
+        return "policy loss"
+    if "kl" in entry:  # KTO
+        return "loss (0 to 1, per answer)"
+    return "loss (nats per pair)" if "rewards/accuracies" in entry else PER_LABEL_TOKEN
+
+
+def reward_figure(entries: Sequence[Entry]) -> Figure | None:
+    """Plot the mean reward of the sampled answers (GRPO)."""
+    scored = [entry for entry in entries if entry.get("reward") is not None]
+    return _figure("Reward of sampled answers", "mean reward", _present(curve(scored, "reward")))
+
+
+def loss_by_kind_figure(entries: Sequence[Entry]) -> Figure | None:
+    """Plot the held-out loss of rows without images, and below it that of those with images."""
+    curves = _present(*(curve(entries, log_key(kind), label) for kind, label in KIND_LABELS.items()))
+    if not curves:
+        return None
+    figure = new_figure()
+    panels = figure.subplots(len(curves), sharex=True, squeeze=False)[:, 0]
+    for axes, one, colour in zip(panels, curves, COLOURS, strict=False):
+        title = "Held-out loss, nats per label token" if axes is panels[0] else ""
+        style_axes(axes, title, one.label, STEP_LABEL if axes is panels[-1] else "")
+        _draw(axes, [one], [colour], from_zero=True, write=significant)
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
+    figure.align_ylabels()
+    return figure
 
 
 def image_loss_gap_figure(entries: Sequence[Entry]) -> Figure | None:
@@ -140,7 +183,7 @@ def throughput_figure(entries: Sequence[Entry]) -> Figure | None:
     for number, (axes, (unit, one)) in enumerate(zip(panels, curves.items(), strict=True)):
         is_last = number == len(panels) - 1
         title = "Throughput" if number == 0 else ""
-        style_axes(axes, title, f"{unit}/s", "optimizer step" if is_last else "")
+        style_axes(axes, title, f"{unit}/s", STEP_LABEL if is_last else "")
         _draw(axes, [one], [COLOURS[number]], from_zero=True, write=significant)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: significant(value)))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
@@ -154,9 +197,9 @@ def memory_figure(entries: Sequence[Entry]) -> Figure | None:
 
 
 def reward_margin_figure(entries: Sequence[Entry]) -> Figure | None:
-    """Plot by how much the reward of the chosen answer exceeds that of the rejected one (DPO)."""
+    """Plot by how much the reward of good answers exceeds that of bad ones (DPO, KTO)."""
     curves = _training_and_eval(entries, "rewards/margins")
-    return _figure("Reward margin", "chosen minus rejected", curves)
+    return _figure("Reward margin", "good minus bad answers", curves)
 
 
 def reward_accuracy_figure(entries: Sequence[Entry]) -> Figure | None:
@@ -193,7 +236,11 @@ def _figure(
         axes.yaxis.set_major_formatter(PercentFormatter(1))
     if len(curves) > 1:
         above_right: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0.2}
-        axes.legend(ncols=3, frameon=False, fontsize=9, **above_right)
+        is_long = sum(len(one.label) for one in curves) > MAX_LEGEND_CHARACTERS
+        place = (
+            {"loc": "upper right", "bbox_to_anchor": (1, 0.93)} if is_long else {"ncols": 3, **above_right}
+        )
+        axes.legend(frameon=False, fontsize=9, **place)
     return figure
 
 
@@ -237,7 +284,7 @@ def _label_last(axes: Axes, one: Curve, colour: str, write: Write) -> None:
 # --- the common look ---
 
 
-def new_axes(title: str, ylabel: str, xlabel: str = "optimizer step") -> tuple[Figure, Axes]:
+def new_axes(title: str, ylabel: str, xlabel: str = STEP_LABEL) -> tuple[Figure, Axes]:
     """Return a figure with one pair of axes."""
     figure = new_figure()
     axes = figure.subplots()
@@ -250,7 +297,7 @@ def new_figure() -> Figure:
     return Figure(figsize=FIGURE_SIZE, layout="constrained", facecolor="white")
 
 
-def style_axes(axes: Axes, title: str, ylabel: str, xlabel: str = "optimizer step") -> None:
+def style_axes(axes: Axes, title: str, ylabel: str, xlabel: str = STEP_LABEL) -> None:
     """Set title and labels, and give axes the common look."""
     axes.set_title(title, loc="left", color=INK, fontsize=FONT_SIZES["title"])
     axes.set_xlabel(xlabel, fontsize=FONT_SIZES["label"], color=INK)

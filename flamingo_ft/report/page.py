@@ -22,19 +22,21 @@ from flamingo_ft.config import PREDICTIONS_FILE, RECIPE_FILE
 from flamingo_ft.errors import StoppedBySignal
 from flamingo_ft.evaluation.image_loss_gap import LOG_KEY, ImageLossGap
 from flamingo_ft.evaluation.image_use import NO_USE, NOT_LOOKING, READS_IMAGES
+from flamingo_ft.evaluation.loss_by_kind import TEXT_ONLY, log_key
 from flamingo_ft.evaluation.metrics import ACCURACY, Metric
 from flamingo_ft.evaluation.probe_verdict import BLIND, LEARN_FASTER, tower_lines
 from flamingo_ft.evaluation.results import COLUMN_HEADERS, class_scores, score_tables
+from flamingo_ft.evaluation.run_tables import run_tables
 from flamingo_ft.evaluation.select_metrics import known_metrics
 from flamingo_ft.formatting import data_uri, duration, percent, significant
 from flamingo_ft.templates import load_template
 from flamingo_ft.version import __version__
 
 from . import curves, gates
-from .run_folder import Entry, RunFolder
+from .run_folder import REPORT_FILE, Entry, RunFolder
 from .sample_grid import answers_figure
+from .stages import mark_stages
 
-REPORT_FILE = "report.html"
 FIGURES_FOLDER = "figures"
 DPI = 130  # dots per inch
 ANSWERS, ANSWERS_SHAPE = "answers", (3, 4)  # name of that figure; rows and columns of questions
@@ -44,6 +46,15 @@ COST_FACTOR = 20  # after a report that took one second, wait 20: at most 5 % of
 LOSS_CAPTIONS = {
     "sft": "Cross-entropy of the reference answers: how surprised the model is by them.",
     "dpo": "The preference loss (sigmoid: 0.69 for no preference, towards 0 as the chosen answers win).",
+    "kto": "The loss of good and bad answers: 0.5 at first, towards 0 as good ones become more probable.",
+    "grpo": "In training the policy loss, which stays near 0 (see the reward); on held-out samples the "
+    "cross-entropy of the reference answers.",
+}
+METHOD_NAMES = {
+    "sft": "Supervised fine-tuning",
+    "dpo": "Preferences (DPO)",
+    "kto": "Labelled answers (KTO)",
+    "grpo": "Sampled answers with a reward (GRPO)",
 }
 
 
@@ -69,6 +80,7 @@ def write_report(folder: str | Path, *, in_progress: bool = False, stopped_by: s
         figures=figures,
         metrics=metrics,
         tables=tables,
+        run_tables=run_tables(run.metrics),
         headers=COLUMN_HEADERS,
         class_metrics=of_classes,
         classes=class_scores(run.evaluation, of_classes),
@@ -78,6 +90,7 @@ def write_report(folder: str | Path, *, in_progress: bool = False, stopped_by: s
         verdict_kind=_verdict_kind(verdict),
         probe=run.probe.record() if run.probe else None,
         probe_lines=list(tower_lines(run.probe)) if run.probe else [],
+        method_name=METHOD_NAMES[run.recipe.train.method],
         loss_caption=LOSS_CAPTIONS[run.recipe.train.method],
         gap_caption=image_loss_gap_caption(run),
         percent=percent,
@@ -141,7 +154,9 @@ def _logged_facts(metrics: Sequence[Metric]) -> list[tuple[str, str, Callable[[f
         ("loss", "loss", "{:.4g}".format),
         ("held-out loss", "eval_loss", "{:.4g}".format),
         ("with images swapped", LOG_KEY, "{:+.3g}".format),
+        ("held-out loss, text only", log_key(TEXT_ONLY), "{:.4g}".format),
         *((f"held-out {metric.label}", f"eval_{metric.name}", metric.text) for metric in metrics),
+        ("reward", "reward", "{:.3g}".format),
         ("reward margin", "rewards/margins", "{:.3g}".format),
         ("pairs ranked correctly", "rewards/accuracies", percent),
         ("label tokens/s", "label_tokens_per_second", significant),
@@ -159,6 +174,7 @@ def save_figures(run: RunFolder) -> Mapping[str, Path]:
     for name, draw in _log_figures(known_metrics(run.recipe.eval)).items():
         figure = draw(run.entries)
         if figure is not None:
+            mark_stages(figure, run.stage_starts)
             paths[name] = _save(figure, folder / f"{name}.png")
     if run.predictions:
         paths[ANSWERS] = _save_answers(run, folder / f"{ANSWERS}.png")
@@ -170,8 +186,10 @@ def _log_figures(metrics: Sequence[Metric]) -> dict[str, Callable[[Sequence[Entr
     return {
         "loss": curves.loss_figure,
         **{metric.name: partial(curves.metric_figure, metric=metric) for metric in metrics},
+        "reward": curves.reward_figure,
         "reward_margin": curves.reward_margin_figure,
         "reward_accuracy": curves.reward_accuracy_figure,
+        "loss_by_kind": curves.loss_by_kind_figure,
         "image_loss_gap": curves.image_loss_gap_figure,
         "gates": gates.gate_figure,
         "gates_by_layer": gates.layer_figure,

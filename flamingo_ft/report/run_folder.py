@@ -13,12 +13,20 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from flamingo_ft import atomic
-from flamingo_ft.config import METRICS_FILE, PREDICTIONS_FILE, RECIPE_FILE, Recipe, load_recipe
+from flamingo_ft.config import (
+    METRICS_FILE,
+    PREDICTIONS_FILE,
+    RECIPE_FILE,
+    Recipe,
+    load_recipe,
+    stage_folder_name,
+)
 from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.probe import Probe, load_probe
 from flamingo_ft.evaluation.results import load_predictions
 
 LOG_FILE = "log.jsonl"
+REPORT_FILE = "report.html"
 Entry = dict[str, Any]  # flat scalars; "step" is the optimizer step
 
 
@@ -80,9 +88,29 @@ class RunFolder:
     @property
     def steps(self) -> int:
         """Optimizer steps of the whole run."""
-        steps = self.recipe.train.max_steps
-        assert steps is not None, "the recipe of a run has its epochs as steps"
-        return steps
+        steps = [run.train.max_steps for run in self.recipe.runs]
+        assert None not in steps, "the recipe of a run has its epochs as steps"
+        return sum(filter(None, steps))
+
+    @property
+    def stage_starts(self) -> dict[str, int]:
+        """The steps of the stages before each stage that has begun, by its name; empty without stages."""
+        starts, step, number = {}, 0, 0
+        for entry in self.entries:
+            if entry.get("stage", number) != number:
+                number = entry["stage"]
+                starts[self.recipe.stages[number - 1].name] = step
+            step = entry["step"]
+        return starts
+
+    @property
+    def stage_reports(self) -> dict[str, str]:
+        """The page of each stage that has one, relative to this run's folder, by its name."""
+        folders = [
+            stage_folder_name(*named) for named in enumerate(stage.name for stage in self.recipe.stages)
+        ]
+        pages = {name: f"{name}/{REPORT_FILE}" for name in folders}
+        return {name: page for name, page in pages.items() if (self.folder / page).is_file()}
 
     def last(self, key: str) -> float | None:
         """Return the newest value of a key in the log."""
@@ -112,7 +140,8 @@ class RunFolder:
         else:
             commands = {"resume": f"flamingo-ft train {folder}/{RECIPE_FILE} --resume"}
         if "tensorboard" in self.recipe.train.report_to:
-            commands["curves"] = f"tensorboard --logdir {folder}/tensorboard"
+            logs = folder if self.recipe.stages else f"{folder}/tensorboard"
+            commands["curves"] = f"tensorboard --logdir {logs}"
         return commands
 
 

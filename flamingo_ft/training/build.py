@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from transformers import PrinterCallback, TrainerCallback
-from trl import DPOConfig, SFTConfig
+from trl import DPOConfig, GRPOConfig, KTOConfig, SFTConfig
 
 from flamingo_ft.adapters import init_bridge, prepare_training
 from flamingo_ft.backbones.language import load_language
 from flamingo_ft.backbones.quantization import Quantization
 from flamingo_ft.backbones.vision import load_recipe_vision
-from flamingo_ft.config import Recipe
+from flamingo_ft.config import DpoSection, Recipe
 from flamingo_ft.config.metric_names import result_key
 from flamingo_ft.data import OpenedData
 from flamingo_ft.data.opened_data import with_max_steps
@@ -31,13 +31,19 @@ from .checkpoint_folders import checkpoint_root
 from .checkpoints import CheckpointPolicy
 from .compat import mark_as_sharded
 from .dataloader import make_train_batches
+from .grpo import FlamingoGrpoTrainer, grpo_arguments, reward_functions
 from .optimizer import OPTIMIZERS, make_optimizer, peak_rates, warmup_steps
 from .preflight import autocast_dtype, check_loss
-from .trainer import FlamingoDpoTrainer, FlamingoTrainer
+from .trainer import FlamingoDpoTrainer, FlamingoKtoTrainer, FlamingoTrainer, FlamingoTrainerMixin
 
 # The recipe's names -> transformers' names, whose "constant" ignores warmup.
 SCHEDULERS = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
-TRAINERS = {"sft": FlamingoTrainer, "dpo": FlamingoDpoTrainer}
+TRAINERS: dict[str, Callable[..., FlamingoTrainerMixin]] = {
+    "sft": FlamingoTrainer,
+    "dpo": FlamingoDpoTrainer,
+    "kto": FlamingoKtoTrainer,
+    "grpo": FlamingoGrpoTrainer,
+}
 INIT_BATCHES = 16  # enough for EVA's principal directions to converge
 QUANTIZATION_FLAGS = ("is_loaded_in_4bit", "is_loaded_in_8bit")
 
@@ -90,11 +96,11 @@ def make_trainer(
     data: OpenedData,
     recipe: Recipe,
     callbacks: list[TrainerCallback],
-) -> FlamingoTrainer | FlamingoDpoTrainer:
+) -> FlamingoTrainerMixin:
     """Return a trainer over the recipe's data. Raises UserError if TRL's loss would be wrong for this model.
 
-    ``model`` must be as it was before step 1, also when resuming: it is the DPO reference, and the checkpoint
-    is restored afterwards.
+    ``model`` must be as it was before step 1, also when resuming: it is the reference of DPO, KTO and GRPO,
+    and the checkpoint is restored afterwards.
     """
     recipe = with_max_steps(recipe, data)
     if recipe.train.fsdp:
@@ -112,6 +118,7 @@ def make_trainer(
         processor=processor,
         source_rows=count_source_rows(data),
     )
+    rewards = {"reward_funcs": reward_functions(recipe.train.grpo)} if recipe.train.method == "grpo" else {}
     with hidden_quantization_flags(model):
         trainer = TRAINERS[recipe.train.method](
             batches,
@@ -122,6 +129,7 @@ def make_trainer(
             processing_class=processor,
             callbacks=callbacks,
             optimizers=(optimizer, None),
+            **rewards,
         )
     check_loss(trainer)
     trainer.remove_callback(PrinterCallback)  # it would print log entries through the progress bar
@@ -143,8 +151,10 @@ def first_batches(
 ) -> list[dict[str, torch.Tensor]]:
     """Return the first training batches, for a data-driven LoRA initialization."""
     batches = itertools.islice(make_train_batches(data, model, processor, recipe), INIT_BATCHES)
+    of_trainer = ("completion_mask", "label")
     return [
-        {name: tensor for name, tensor in batch.items() if name != "completion_mask"} for batch in batches
+        {name: tensor for name, tensor in batch.items() if name not in of_trainer and name[:3] != "KL_"}
+        for batch in batches
     ]
 
 
@@ -158,20 +168,28 @@ def count_source_rows(data: OpenedData) -> dict[str, int | None]:
 # --- its arguments ---
 
 
-def trainer_arguments(recipe: Recipe) -> SFTConfig | DPOConfig:
+def trainer_arguments(recipe: Recipe) -> SFTConfig | DPOConfig | KTOConfig | GRPOConfig:
     """Return the trainer's arguments for a recipe whose length is given by ``train.max_steps``."""
-    if recipe.train.method == "dpo":
-        return DPOConfig(**_common_arguments(recipe), **_dpo_arguments(recipe))
-    return SFTConfig(**_common_arguments(recipe))
+    common, train_config = _common_arguments(recipe), recipe.train
+    if train_config.method == "dpo":
+        return DPOConfig(**common, **_dpo_arguments(train_config.dpo))
+    if train_config.method == "kto":
+        return KTOConfig(**common, **train_config.kto.model_dump())
+    if train_config.method == "grpo":
+        unknown_to_trl = ("max_length", "activation_offloading")
+        known = {name: value for name, value in common.items() if name not in unknown_to_trl}
+        return GRPOConfig(**known, **grpo_arguments(train_config.grpo))
+    return SFTConfig(**common)
 
 
-def _dpo_arguments(recipe: Recipe) -> dict[str, Any]:
-    dpo = recipe.train.dpo
+def _dpo_arguments(dpo: DpoSection) -> dict[str, Any]:
+    # TRL's sigmoid loss ignores label smoothing; the robust loss (arXiv:2403.00409) equals it without
+    # smoothing.
+    robust = {"sigmoid": "robust"} if dpo.label_smoothing else {}
     return {
         "beta": dpo.beta,
-        # TRL's sigmoid loss ignores label smoothing; the robust loss (arXiv:2403.00409) equals it without
-        # smoothing.
-        "loss_type": ["robust" if dpo.label_smoothing else dpo.loss_type],
+        "loss_type": [robust.get(name, name) for name in dpo.loss_type],
+        "loss_weights": None if dpo.loss_weights is None else [*dpo.loss_weights],
         "label_smoothing": dpo.label_smoothing,
         # Policy and reference must differ by what was learned, not by dropout.
         "disable_dropout": True,
@@ -179,7 +197,7 @@ def _dpo_arguments(recipe: Recipe) -> dict[str, Any]:
 
 
 def _common_arguments(recipe: Recipe) -> dict[str, Any]:
-    """Return the arguments that SFT and DPO share."""
+    """Return the arguments that all methods share."""
     train_config, eval_config = recipe.train, recipe.eval
     autocast = autocast_dtype(train_config.precision)
     return {
@@ -196,6 +214,7 @@ def _common_arguments(recipe: Recipe) -> dict[str, Any]:
         "optim": OPTIMIZERS[train_config.optimizer],
         "activation_checkpointing": train_config.gradient_checkpointing,
         "activation_offloading": train_config.activation_offload,
+        "neftune_noise_alpha": train_config.neftune_noise_alpha,
         "logging_steps": train_config.logging_steps,
         "logging_nan_inf_filter": False,  # by default Trainer hides NaN losses in the log
         "seed": train_config.seed,
@@ -222,4 +241,7 @@ def _common_arguments(recipe: Recipe) -> dict[str, Any]:
         "log_level": "error",
         "remove_unused_columns": False,
         "max_length": None,
+        # The routers of a mixture of experts are frozen, so there is nothing to balance. Besides, TRL 1.16
+        # does not find the number of experts in some configurations (Mixtral, Granite).
+        "router_aux_loss_coef": 0.0,
     }

@@ -1,4 +1,4 @@
-"""Private names of torch and transformers that training needs, each with its reason."""
+"""Private names of torch, transformers and TRL that training needs, each with its reason."""
 
 from __future__ import annotations
 
@@ -10,9 +10,14 @@ from torch.utils._pytree import tree_leaves  # torch has no public way to walk n
 from transformers.trainer import TRAINER_STATE_NAME  # the file of TrainerState, which Trainer reads on resume
 from transformers.trainer_callback import ExportableState  # callbacks whose state goes into a checkpoint
 
+# The output head of TRL's losses, which its trainers add to the models that they are given. GRPOTrainer takes
+# no reference model, only a name to load one from.
+from trl.trainer.utils import add_fused_lm_head
+
 __all__ = [
     "TRAINER_STATE_NAME",
     "ExportableState",
+    "add_fused_lm_head",
     "disable_amp_scaling_in_step",
     "mark_as_sharded",
     "set_last_learning_rates",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -16,11 +16,13 @@ from flamingo_ft.data.collate import collate_packed, collate_text
 from flamingo_ft.data.encode import Encoded
 from flamingo_ft.data.examples import DataStats, Example, ExampleDataset
 from flamingo_ft.data.feature_cache import FeatureCache, collate_frames, open_feature_cache
-from flamingo_ft.data.media import CachedFeatureLoader, PixelLoader
-from flamingo_ft.data.opened_data import check_method, encoder
+from flamingo_ft.data.media import CachedFeatureLoader, PictureLoader, PixelLoader
+from flamingo_ft.data.opened_data import check_method, encoder, training_sources
 from flamingo_ft.data.pairs import EncodedPair, collate_pairs, repeat_media
+from flamingo_ft.data.prompts import sampling_rows
 from flamingo_ft.data.sample import message_text, with_widest_boxes
-from flamingo_ft.data.sample_order import SampleIndex, SampleOrder
+from flamingo_ft.data.sample_order import SampleIndex, SampleOrder, WeightedSource
+from flamingo_ft.data.unpaired import EncodedAnswer, collate_answers
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo_ft.model.build import text_limit
@@ -42,24 +44,24 @@ def make_train_batches(
     Raises UserError if the data do not fit ``train.method``, or the language model cannot pack.
     """
     check_method(data.train, recipe.train.method)
-    data_config, batch_size = recipe.data, recipe.train.batch_size
+    sources = training_sources(data, recipe.train.method)
+    data_config, batch_size = recipe.data, recipe.train.samples_per_batch
     limit = text_limit(model.config, data_config.max_text_tokens)
     if data_config.packing:
         check_packing(model, batch_size)
     features = _feature_cache(model, processor, recipe, world_size)
     encode = encoder(processor, recipe, limit)
-    order = SampleOrder(data.train, recipe.train.seed, data_config.shuffle_buffer)
+    order = SampleOrder(sources, recipe.train.seed, data_config.shuffle_buffer)
     read_media = _media_reader(processor, recipe, features)
     write_boxes = BoxWriter(
         processor.image_processor, read_media if isinstance(read_media, PixelLoader) else None
     )
-    sources = [weighted.source for weighted in data.train]
-    collate = COLLATE[recipe.train.method]
+    rows = [weighted.source for weighted in sources]
     return Batches(
-        order=_draws(order, data, recipe),
-        dataset=ExampleDataset(sources, encode, read_media, write_boxes),
+        order=_draws(order, sources, recipe),
+        dataset=ExampleDataset(rows, encode, read_media, write_boxes),
         group_rows=packed_rows(batch_size, limit) if data_config.packing else one_sample_per_row(batch_size),
-        collate=partial(collate, processor.tokenizer.pad_token_id, data_config.packing, features),
+        collate=collate_fn(recipe, processor, limit, features, packing=data_config.packing),
         stats=DataStats(data_config.on_bad_sample == "skip", data_config.max_bad_share, order.epoch_length),
         loading=LoaderConfig(batch_size, recipe.train.num_workers, rank, world_size),
         features=features,
@@ -79,14 +81,43 @@ def collate_samples(
 
 
 def collate_preferences(
-    pad_token_id: int, packing: bool, features: FeatureCache | None, rows: list[list[Example]]
+    pad_token_id: int, features: FeatureCache | None, rows: list[list[Example]]
 ) -> dict[str, Tensor]:
     """Return the tensors of a batch of pairs, one per row: all chosen answers, then all rejected ones."""
     text = collate_pairs([cast(EncodedPair, pair.encoded) for (pair,) in rows], pad_token_id)
     return text | repeat_media(_collate_media(features, rows))
 
 
-COLLATE = {"sft": collate_samples, "dpo": collate_preferences}
+def collate_unpaired(
+    pad_token_id: int, limit: int, features: FeatureCache | None, rows: list[list[Example]]
+) -> dict[str, Tensor]:
+    """Return the tensors of a batch of labelled answers, one per row."""
+    text = collate_answers([cast(EncodedAnswer, answer.encoded) for (answer,) in rows], pad_token_id, limit)
+    return text | _collate_media(features, rows)
+
+
+def collate_prompts(num_generations: int, rows: list[list[Example]]) -> list[dict[str, Any]]:
+    """Return a batch of questions, one per row, as TRL's trainer takes them."""
+    return sampling_rows([question for (question,) in rows], num_generations)
+
+
+def collate_fn(
+    recipe: Recipe,
+    processor: FlamingoProcessor,
+    limit: int,
+    features: FeatureCache | None,
+    packing: bool = False,
+    method: str | None = None,
+) -> Callable[[list[list[Example]]], Any]:
+    """Return the function from the rows of a batch to the batch. method: by default the recipe's."""
+    method, pad_token_id = method or recipe.train.method, processor.tokenizer.pad_token_id
+    if method == "grpo":
+        return partial(collate_prompts, recipe.train.grpo.num_generations)
+    if method == "kto":
+        return partial(collate_unpaired, pad_token_id, limit, features)
+    if method == "dpo":
+        return partial(collate_preferences, pad_token_id, features)
+    return partial(collate_samples, pad_token_id, packing, features)
 
 
 def _collate_media(features: FeatureCache | None, rows: list[list[Example]]) -> dict[str, Tensor]:
@@ -110,19 +141,20 @@ def _media_reader(
 ) -> PixelLoader | CachedFeatureLoader:
     if features is not None:
         return CachedFeatureLoader(processor, features.store)
-    return PixelLoader(processor, recipe.data.augmentation, recipe.train.seed)
+    load = PictureLoader if recipe.train.method == "grpo" else PixelLoader
+    return load(processor, recipe.data.augmentation, recipe.train.seed)
 
 
-def _draws(order: SampleOrder, data: OpenedData, recipe: Recipe) -> Callable[[int], Any]:
+def _draws(order: SampleOrder, sources: Sequence[WeightedSource], recipe: Recipe) -> Callable[[int], Any]:
     """Return a function from a position to the samples from there on, grouped by length if configured."""
     if not recipe.data.group_by_length:
         return order.indices
-    return sorted_by_length(order, partial(_text_length, data), recipe.train.batch_size)
+    return sorted_by_length(order, partial(_text_length, sources), recipe.train.samples_per_batch)
 
 
-def _text_length(data: OpenedData, index: SampleIndex) -> int:
+def _text_length(sources: Sequence[WeightedSource], index: SampleIndex) -> int:
     """Return the approximate number of characters of a sample, before it is encoded; 0 if it is bad."""
-    source = data.train[index.source].source
+    source = sources[index.source].source
     try:
         sample = source.sample(index.row, source.raw(index.row) if index.raw is None else index.raw)
     except UserError:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -19,15 +18,19 @@ from flamingo_ft.data.feature_cache import FeatureCache
 from flamingo_ft.data.media import CachedFeatureLoader, PixelLoader
 from flamingo_ft.data.opened_data import encoder
 from flamingo_ft.data.pairs import EncodedPair
+from flamingo_ft.data.unpaired import labelled_answers
 from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.questions import with_other_images
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo_ft.model.build import text_limit
 from flamingo_ft.progress import Bars
 
-from .dataloader import COLLATE
+from .dataloader import collate_fn
 
-# A batch, and the weight of its loss in the mean: its number of label tokens (SFT) or of pairs (DPO).
+# The held-out loss of GRPO is that of SFT: its own would need sampled answers.
+LOSS_OF = {"grpo": "sft"}
+# A batch, and the weight of its loss in the mean: its number of label tokens (SFT, GRPO), of pairs (DPO) or
+# of answers (KTO).
 WeightedBatch = tuple[dict[str, Tensor], int]
 
 
@@ -52,8 +55,8 @@ class EvalBatches:
     vision tower encodes only images that are not cached.
 
     Raises UserError for samples that ``data.too_long`` refuses, for samples without a rejected answer if
-    ``train.method`` is dpo, and if no sample has label tokens; with ``skip_unusable``, such samples are left
-    out instead.
+    ``train.method`` is dpo, without a label if it is kto, and if no sample has label tokens; with
+    ``skip_unusable``, such samples are left out instead.
     """
 
     def __init__(
@@ -68,10 +71,10 @@ class EvalBatches:
         features: FeatureCache | None = None,
         skip_unusable: bool = False,
     ):
-        if recipe.train.method == "dpo":
-            _refuse_single_answers(samples)
+        method = LOSS_OF.get(recipe.train.method, recipe.train.method)
+        samples = _compared_samples(samples, method)
         limit = text_limit(model.config, recipe.data.max_text_tokens)
-        encode = encoder(processor, recipe, limit)
+        encode = encoder(processor, recipe, limit, method)
         rows = _encoded_rows(samples, _dropping_unusable(encode) if skip_unusable else encode)
         if not rows and not skip_unusable:
             raise UserError(
@@ -85,9 +88,9 @@ class EvalBatches:
         self._read_media = (
             PixelLoader(processor) if features is None else CachedFeatureLoader(processor, features.store)
         )
-        pad_token_id = processor.tokenizer.pad_token_id
-        self._collate = partial(COLLATE[recipe.train.method], pad_token_id, False, features)
-        self._weight = WEIGHTS[recipe.train.method]
+        self._collate = collate_fn(recipe, processor, limit, features, method=method)
+        self._weight = WEIGHTS[method]
+        self._has_row_losses = method == "sft"
         self._progress, self._title = progress, "held-out loss"
         self._rank = processes.rank() if rank is None else rank
         self._world_size = world_size or processes.world_size()
@@ -116,6 +119,11 @@ class EvalBatches:
         return any(row.swapped for batch in self._batches for row in batch)
 
     @property
+    def has_text_only(self) -> bool:
+        """Whether any row, in any process, has no images; never in DPO, whose losses are those of pairs."""
+        return self._has_row_losses and any(row.text.images == 0 for batch in self._batches for row in batch)
+
+    @property
     def own_rows(self) -> list[EvalRow]:
         """The rows of this process's batches in their order, without repetitions."""
         return [
@@ -136,9 +144,9 @@ class EvalBatches:
 def measures_image_loss_gap(recipe: Recipe) -> bool:
     """Whether evaluations compare the loss with that of swapped images.
 
-    Not in DPO: its loss is that of a preference relative to a reference model that sees the same images.
+    Not in DPO and KTO: their loss is relative to a reference model that sees the same images.
     """
-    return recipe.eval.shuffled_images and recipe.train.method == "sft"
+    return recipe.eval.shuffled_images and recipe.train.method in ("sft", "grpo")
 
 
 def _encoded_rows(samples: Sequence[Sample], encode: Callable[[Sample], Any]) -> list[EvalRow]:
@@ -179,13 +187,25 @@ def _with_bar(progress: Bars, title: str, indices: range) -> Iterator[int]:
     progress.remove_task(bar)
 
 
-def _refuse_single_answers(samples: Sequence[Sample]) -> None:
+def _compared_samples(samples: Sequence[Sample], method: str) -> list[Sample]:
+    """Return the samples; with kto, each preference pair as two labelled answers.
+
+    Raises UserError for a sample that ``method`` cannot compare with anything.
+    """
     for sample in samples:
-        if not sample.rejected:
+        if method == "dpo" and not sample.rejected:
             raise UserError(
                 f"{sample.where}: got one answer, but eval.steps compares two if train.method is dpo; "
                 "use preference pairs in data.eval, or set eval.steps to null"
             )
+        if method == "kto" and not sample.rejected and sample.label is None:
+            raise UserError(
+                f"{sample.where}: got an answer without a label, which eval.steps needs if train.method is "
+                "kto; use labelled answers or preference pairs in data.eval, or set eval.steps to null"
+            )
+    if method != "kto":
+        return list(samples)
+    return [answer for sample in samples for answer in labelled_answers(sample)]
 
 
 def _count_label_tokens(inputs: dict[str, Tensor]) -> int:
@@ -196,4 +216,8 @@ def _count_pairs(inputs: dict[str, Tensor]) -> int:
     return len(inputs["input_ids"]) // 2
 
 
-WEIGHTS = {"sft": _count_label_tokens, "dpo": _count_pairs}
+def _count_answers(inputs: dict[str, Tensor]) -> int:
+    return len(inputs["input_ids"])
+
+
+WEIGHTS = {"sft": _count_label_tokens, "dpo": _count_pairs, "kto": _count_answers}

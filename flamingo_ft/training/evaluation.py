@@ -41,7 +41,7 @@ from flamingo_ft.progress import Bars
 
 from .checkpoint_folders import best_folder, checkpoint_root
 from .eval_batches import EvalBatches
-from .image_loss import RowLoss, gap_to_swapped, recorded_outputs, row_losses
+from .image_loss import RowLoss, gap_to_swapped, loss_by_kind, recorded_outputs, row_losses
 from .interruptions import oom_as_user_error
 
 
@@ -98,7 +98,8 @@ def run_evaluation(
     """Evaluate the trainer's model and log the result.
 
     Returns ``eval_loss``, the mean over all label tokens or pairs, the gap to the loss of swapped images
-    (`ImageLossGap.log_values`) if that is measured, and, if ``scores_fn`` is given, its metrics
+    (`ImageLossGap.log_values`) if that is measured, the losses with and without images
+    (`LossByKind.log_values`) if there are rows without, and, if ``scores_fn`` is given, its metrics
     (``eval_accuracy``, ...).
     """
     model, was_training = trainer.model, trainer.model.training
@@ -111,14 +112,15 @@ def run_evaluation(
             with trainer.compute_loss_context_manager():
                 loss = trainer.compute_loss(model, trainer.prepare_inputs(inputs))
             total += torch.stack([loss.double() * weight, torch.full_like(loss, weight, dtype=torch.float64)])
-            if eval_batches.can_swap and weight:
+            if weight and (eval_batches.can_swap or eval_batches.has_text_only):
                 losses += row_losses(outputs[-1], inputs["labels"])
             outputs.clear()
     loss_sum, weight_sum = trainer.accelerator.reduce(total).tolist()
     metrics = {"eval_loss": loss_sum / weight_sum}
-    gap = gap_to_swapped(trainer, eval_batches, losses)
-    if gap is not None:
-        metrics |= gap.log_values()
+    gap, by_kind = gap_to_swapped(trainer, eval_batches, losses), loss_by_kind(eval_batches, losses)
+    for measured in (gap, by_kind):
+        if measured is not None:
+            metrics |= measured.log_values()
     if scores_fn is not None:
         metrics |= {f"eval_{name}": value for name, value in scores_fn().items()}
     model.eval()  # TRL logs its own metrics as evaluation ones only in this mode

@@ -22,6 +22,7 @@ from flamingo_ft.config import TrainSection
 from flamingo_ft.config.tables import CROSS_ATTENTION
 from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.image_loss_gap import ImageLossGap
+from flamingo_ft.evaluation.loss_by_kind import TEXT_ONLY, log_key
 from flamingo_ft.evaluation.metrics import Metric
 from flamingo_ft.formatting import GIB, significant
 from flamingo_ft.model.sharding import full_tensor
@@ -151,7 +152,10 @@ class ProgressBar(TrainerCallback):
             self.progress.line(" · ".join([step, *parts]))
         if "loss" not in logs:
             return
-        loss, details = f"loss {float(logs['loss']):.4f}", " · ".join(_throughput_parts(logs))
+        loss, details = (
+            f"{_reward_part(logs)}loss {float(logs['loss']):.4f}",
+            " · ".join(_throughput_parts(logs)),
+        )
         self.progress.update(self.task, completed=state.global_step, note=loss, below=f"  {details}")
         if not self.progress.interactive:
             left = self.progress.time_left(self.task)
@@ -169,13 +173,20 @@ def _evaluation_parts(logs: dict[str, float], metrics: Sequence[Metric]) -> list
     loss = [f"held-out loss {float(logs['eval_loss']):.4f}"] if "eval_loss" in logs else []
     gap = ImageLossGap.of_log(logs)
     swapped = [] if gap is None else [f"with images swapped {gap.text}"]
+    text_only = log_key(TEXT_ONLY)
+    swapped += [f"text-only loss {float(logs[text_only]):.4f}"] if text_only in logs else []
     scores = [f"{metric.label} {metric.text(logs[f'eval_{metric.name}'])}" for metric in metrics]
     return [*loss, *swapped, *scores]
 
 
+def _reward_part(logs: dict[str, float]) -> str:
+    """Return the mean reward of sampled answers, which matters more than the loss of GRPO."""
+    return f"reward {float(logs['reward']):.3f} · " if logs.get("reward") is not None else ""
+
+
 def _throughput_parts(logs: dict[str, float]) -> list[str]:
     rates = {"label tokens/s": "label_tokens_per_second", "images/s": "images_per_second"}
-    parts = [f"{significant(logs[key], 2)} {unit}" for unit, key in rates.items() if key in logs]
+    parts = [f"{significant(logs[key], 2)} {unit}" for unit, key in rates.items() if logs.get(key)]
     return parts + ([f"{logs['memory_gib']:.2f} GiB"] if "memory_gib" in logs else [])
 
 

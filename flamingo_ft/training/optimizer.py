@@ -19,6 +19,7 @@ from flamingo_ft.errors import UserError
 from flamingo_ft.model.parts import (
     GATES,
     LORA,
+    LORA_B,
     OPTIMIZER_GROUPS,
     is_decayed,
     is_orthogonalized,
@@ -42,6 +43,7 @@ OPTIMIZERS = {
 # to use images in its first thousands of samples (tests/benchmarks/new_bridge.py compares them).
 NEW_BRIDGE_RATE = 1e-3
 TRAINED_RATE = 1e-4  # a bridge from model.init_from, and LoRA
+SHARED_GROUPS = {GATES: CROSS_ATTENTION.name, LORA_B: LORA}  # groups that differ by their learning rate alone
 NEW_GATES_FACTOR = 10  # a gate is one number, which AdamW moves by about its learning rate per step
 
 
@@ -81,7 +83,8 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
     ``name``: its entry in `OPTIMIZER_GROUPS`. ``orthogonalized``: whether Muon updates it.
     Weight decay applies to matrices, and not to gates, norms, biases, latents and token rows. Attention gates
     that learn at the rate of their blocks are in the blocks' group, as they were before they could have
-    another one, so that the optimizer state of older checkpoints fits. The order depends on the parameter
+    another one, so that the optimizer state of older checkpoints fits; so are LoRA's B matrices in its own
+    group. The order depends on the parameter
     names and on that alone, so a saved state fits later runs of the recipe.
 
     Raises ValueError for a trainable parameter whose group is not in `OPTIMIZER_GROUPS`.
@@ -90,8 +93,9 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
     members: dict[str, list[str]] = {group_name: [] for group_name in OPTIMIZER_GROUPS}
     for name in sorted(named):
         group_name = optimizer_group(name)
-        if group_name == GATES and rates[GATES] == rates[CROSS_ATTENTION.name]:
-            group_name = CROSS_ATTENTION.name
+        shared = SHARED_GROUPS.get(group_name)
+        if shared is not None and rates[group_name] == rates[shared]:
+            group_name = shared
         if group_name not in members:
             raise ValueError(f"{name} is trainable, but {group_name} is not in OPTIMIZER_GROUPS")
         members[group_name].append(name)
@@ -119,14 +123,14 @@ def peak_rates(recipe: Recipe) -> dict[str, float]:
     is_new = recipe.model.init_from is None
     defaults = dict.fromkeys(OPTIMIZER_GROUPS, NEW_BRIDGE_RATE if is_new else TRAINED_RATE)
     defaults[LORA] = TRAINED_RATE
-    rates = {name: getattr(own, name) or shared or defaults[name] for name in OPTIMIZER_GROUPS}
+    rates = {name: getattr(own, name, None) or shared or defaults[name] for name in OPTIMIZER_GROUPS}
     gates = rates[CROSS_ATTENTION.name] * (NEW_GATES_FACTOR if is_new else 1)
-    return rates | {GATES: own.gates or gates}
+    return rates | {GATES: own.gates or gates, LORA_B: rates[LORA] * (own.loraplus_lr_ratio or 1)}
 
 
 def _weight_decay(train_config: TrainSection, group_name: str) -> float:
     """Return the weight decay of a group's matrices; ``train.weight_decays`` has no entry for token rows."""
-    own = getattr(train_config.weight_decays, group_name, None)
+    own = getattr(train_config.weight_decays, LORA if group_name == LORA_B else group_name, None)
     return train_config.weight_decay if own is None else own
 
 

@@ -9,7 +9,8 @@ from typing import cast
 import psutil
 import torch
 from torch import Tensor
-from trl import DPOTrainer, SFTTrainer
+from torch.nn.functional import cross_entropy
+from transformers import Trainer
 
 from flamingo_ft import processes
 from flamingo_ft.backbones.quantization import (
@@ -124,7 +125,7 @@ def _dtype_name(dtype: torch.dtype | None) -> str:
 
 
 @torch.no_grad()
-def check_loss(trainer: SFTTrainer | DPOTrainer) -> None:
+def check_loss(trainer: Trainer) -> None:
     """Compare TRL's loss with the model's own on a short text. Raises UserError if they differ.
 
     TRL computes it from the last hidden state and the output head's matrix, never forming all logits. That is
@@ -137,7 +138,7 @@ def check_loss(trainer: SFTTrainer | DPOTrainer) -> None:
     processor = cast(FlamingoProcessor, trainer.processing_class)
     ids = _sample_text(processor).to(model.device)
     with trainer.compute_loss_context_manager():
-        own = float(model(input_ids=ids, labels=ids, use_cache=False).loss)
+        own = _own_loss(model, ids, getattr(trainer, "temperature", 1.0))
         try:
             fused = float(model(input_ids=ids, labels=ids, fused_lm_head=True).loss)
         except (RuntimeError, AttributeError) as error:
@@ -149,6 +150,14 @@ def check_loss(trainer: SFTTrainer | DPOTrainer) -> None:
     exact = model.lang_encoder.dtype == torch.float32 and not (trainer.args.bf16 or trainer.args.fp16)
     if abs(own - fused) > (LOSS_RTOL if exact else LOSS_RTOL_ROUNDED) * abs(own):
         raise UserError(_loss_message(model, f"it is {fused:.4f}, the model computes {own:.4f}"))
+
+
+def _own_loss(model: FlamingoForConditionalGeneration, ids: Tensor, temperature: float) -> float:
+    """Return the model's own loss on token ids (1, T), with logits divided by a sampling temperature."""
+    output = model(input_ids=ids, labels=ids, use_cache=False)
+    if temperature == 1:
+        return float(output.loss)
+    return float(cross_entropy(output.logits[0, :-1].float() / temperature, ids[0, 1:]))
 
 
 def _sample_text(processor: FlamingoProcessor) -> Tensor:

@@ -102,11 +102,18 @@ def _find_checkpoint(recipe: Recipe, root: Path) -> tuple[Path | None, list[str]
 def _load_same_run(recipe: Recipe, folder: Path) -> Recipe:
     """Load the recipe of the run in ``folder``. Raises UserError unless only `CHANGEABLE_KEYS` differ."""
     earlier = load_recipe(folder / RECIPE_FILE, require=())
-    current = _with_earlier_commit(recipe, earlier)
-    differences = list(_differences(earlier.model_dump(mode="json"), current.model_dump(mode="json")))
+    current = _with_earlier_place(_with_earlier_commit(recipe, earlier), earlier)
+    differences = list(_differences(_comparable(earlier), _comparable(current)))
     if differences:
         raise UserError("\n".join(f"{folder}: a run of another recipe: {line}" for line in differences))
     return earlier
+
+
+def _comparable(recipe: Recipe) -> dict[str, Any]:
+    """Return the recipe's values, with the default of rsLoRA filled in: it was false in earlier versions."""
+    values = recipe.model_dump(mode="json")
+    values["lora"]["use_rslora"] = recipe.lora.rank_stabilized
+    return values
 
 
 def _refuse_fewer_steps(recipe: Recipe, done: int, folder: Path) -> None:
@@ -176,6 +183,19 @@ def _with_earlier_commit(recipe: Recipe, earlier: Recipe) -> Recipe:
         return recipe
     names_a_commit = re.fullmatch(r"[0-9a-f]{40}", current_name.revision or "")
     return recipe if names_a_commit else _with_init_from(recipe, earlier_start)
+
+
+def _with_earlier_place(recipe: Recipe, earlier: Recipe) -> Recipe:
+    """Return the recipe of a stage as if its run had not been moved since the ``earlier`` recipe.
+
+    A stage starts from the stage before it, beside its own folder.
+    """
+    start, earlier_start = recipe.model.init_from, earlier.model.init_from
+    if start is None or earlier_start is None or start.name != earlier_start.name:
+        return recipe
+    folders = (recipe.train.output_dir.absolute().parent, earlier.train.output_dir.parent.name)
+    is_stage = folders == (start.parent, earlier_start.parent.name)
+    return _with_init_from(recipe, earlier_start) if is_stage else recipe
 
 
 def _with_init_from(recipe: Recipe, init_from: Path) -> Recipe:

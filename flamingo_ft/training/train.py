@@ -17,12 +17,13 @@ from flamingo_ft.adapters import check_start, save_adapter, trainable_parameters
 from flamingo_ft.config import METRICS_FILE, RECIPE_FILE, Recipe, dump_recipe
 from flamingo_ft.data import OpenedData, Sample, open_data
 from flamingo_ft.data.examples import total_metrics
-from flamingo_ft.data.opened_data import samples_per_epoch, with_max_steps
+from flamingo_ft.data.opened_data import check_method, samples_per_epoch, with_max_steps
 from flamingo_ft.errors import OutOfMemory, ReportedElsewhere, StoppedBySignal, UserError
 from flamingo_ft.evaluation.probe import load_probe
 from flamingo_ft.evaluation.probe_verdict import add_to_verdict
 from flamingo_ft.evaluation.questions import questions_of, with_other_images
-from flamingo_ft.evaluation.results import AFTER, BEFORE, SHUFFLED, card_tables
+from flamingo_ft.evaluation.results import AFTER, BEFORE, SHUFFLED, Results, card_tables
+from flamingo_ft.evaluation.run_tables import run_tables
 from flamingo_ft.evaluation.select_metrics import known_metrics, select_metrics
 from flamingo_ft.inference.predictor import Predictor
 from flamingo_ft.model import FlamingoProcessor
@@ -40,18 +41,20 @@ from .checkpoint_folders import (
 from .checkpoints import check_compatible
 from .eval_batches import EvalBatches, measures_image_loss_gap
 from .evaluation import Evaluator, apply_best, evaluation_callbacks
+from .grpo import reward_functions
 from .hub_checkpoints import BackgroundUploads, PushCheckpoints, background_uploads, prepare_repository
-from .image_loss import LogGapBefore, final_gap
+from .image_loss import LogLossesBefore, final_losses, logged_losses
 from .interruptions import StopOnSignal, attach_memory_plan, io_errors_as_user_error, oom_as_user_error
 from .monitoring import ProgressBar, check_trackers, tracker_callbacks
 from .non_finite import SKIPPED, count_skipped_steps
 from .output_dir import archive_metrics, prepare_output_dir
 from .preflight import check_machine, check_precision, evaluation_warnings, memory_notice
 from .resume import StartPoint, find_start_point, pin_init_from
-from .trainer import FlamingoDpoTrainer, FlamingoTrainer
+from .stage_results import LEFT_OUT_FILE
+from .stages import train_stages
+from .trainer import FlamingoTrainerMixin
 
-LEFT_OUT_FILE = "left_out.jsonl"
-FINAL_GAP_SAMPLES = 256  # held-out samples for the image loss gap of a run without eval.steps
+FINAL_LOSS_SAMPLES = 256  # held-out samples, of each kind, for the losses of a run without eval.steps
 
 DataCallback = Callable[[OpenedData], None]
 LogFunction = Callable[[str], None]
@@ -66,7 +69,7 @@ def train(
     tell: DataCallback | None = None,
     say: LogFunction | None = None,
 ) -> dict[str, Any]:
-    """Train as the recipe says, save the adapter in its output directory, and evaluate it.
+    """Train as the recipe says, stage by stage, save the adapter in its output directory, and evaluate it.
 
     on_data: called with the data once they are open. resume: resume this run if there is anything of it. log:
     called with lines for the user: where the run resumes, planned and free memory, held-out images that are
@@ -79,6 +82,16 @@ def train(
     if tell is not None or say is not None:
         warnings.warn("train(tell=, say=) are now on_data= and log=", FutureWarning, stacklevel=2)
         on_data, log = on_data or tell, log or say
+    train_run = partial(_train_run, resume=resume, on_data=on_data, log=log)
+    if recipe.stages:
+        return train_stages(recipe, train_run, resume=resume, notify=log or (lambda line: None))
+    return train_run(recipe)
+
+
+def _train_run(
+    recipe: Recipe, *, resume: bool, on_data: DataCallback | None, log: LogFunction | None
+) -> dict[str, Any]:
+    """Train as a recipe without stages says."""
     try:
         with io_errors_as_user_error(recipe.train):
             return _train_whole_run(recipe, resume, on_data, log)
@@ -96,6 +109,8 @@ def _train_whole_run(
     check_machine(recipe.train)
     check_precision(recipe)
     check_trackers(recipe.train)
+    if recipe.train.method == "grpo":
+        reward_functions(recipe.train.grpo)
     if recipe.train.epochs is not None:
         recipe = _with_counted_steps(recipe, notify)
     start = processes.run_on_main(partial(find_start_point, recipe)) if resume else StartPoint()
@@ -184,15 +199,16 @@ def _run(
         evaluator.evaluate(AFTER, eval_samples)
         if recipe.eval.shuffled_images:
             evaluator.evaluate(SHUFFLED, with_other_images(eval_samples, recipe.train.seed))
-        if eval_batches is not None and measures_image_loss_gap(recipe):
-            evaluator.results.image_loss_gap = final_gap(trainer, recipe, eval_batches)
+        if eval_batches is not None:
+            _add_losses(evaluator.results, trainer, recipe, eval_batches)
         progress.refresh()  # otherwise notebooks show the last bar unfinished
     metrics = {"eval": evaluator.results.summary()} if eval_samples else {}
     add_to_verdict(metrics, evaluator.results, load_probe(output_dir, recipe))
     metrics["train"] = train_metrics
     if processes.is_main():
         evaluator.results.save(output_dir)
-        write_card(output_dir, metrics, tables=card_tables(metrics.get("eval")))
+        scores, others = card_tables(metrics.get("eval")), run_tables(metrics)
+        write_card(output_dir, metrics, tables=scores, run_tables=others)
         atomic.write_text(output_dir / METRICS_FILE, json.dumps(metrics, indent=2) + "\n")
     processes.barrier()
     return metrics
@@ -203,6 +219,7 @@ def _open_data(recipe: Recipe, checkpoint: Path | None, on_data: DataCallback | 
     data = open_data(recipe.data, recipe.train.seed)
     if on_data is not None and processes.is_main():
         on_data(data)
+    check_method(data.train, recipe.train.method)
     data.validate_rows()
     if checkpoint:
         check_compatible(checkpoint, count_source_rows(data))
@@ -224,7 +241,7 @@ def _callbacks(
 
 
 def _prepare_eval_batches(
-    trainer: FlamingoTrainer | FlamingoDpoTrainer,
+    trainer: FlamingoTrainerMixin,
     evaluator: Evaluator,
     samples: Sequence[Sample],
     processor: FlamingoProcessor,
@@ -233,14 +250,15 @@ def _prepare_eval_batches(
 ) -> EvalBatches | None:
     """Set what evaluations during training measure; return the batches for it, if any are needed.
 
-    Without ``eval.steps``, only the final image loss gap needs them: a random part of the samples is enough,
-    and none is refused for its sake.
+    Without ``eval.steps``, only the losses before and after training need them: a random part of the samples
+    is enough, and none is refused for their sake.
     """
     measures_gap = measures_image_loss_gap(recipe)
-    if not (recipe.eval.steps or measures_gap):
+    measures_text = recipe.train.method == "sft" and not all(sample.images for sample in samples)
+    if not (recipe.eval.steps or measures_gap or measures_text):
         return None
-    if not recipe.eval.steps and len(samples) > FINAL_GAP_SAMPLES:
-        samples = random.Random(recipe.train.seed).sample(samples, FINAL_GAP_SAMPLES)
+    if not recipe.eval.steps:
+        samples = _some_of_each_kind(samples, recipe.train.seed)
     eval_batches = EvalBatches(
         samples,
         trainer.model,
@@ -252,9 +270,33 @@ def _prepare_eval_batches(
     )
     if recipe.eval.steps:
         trainer.set_eval(eval_batches, evaluator.scores if recipe.eval.answers else None)
-        if recipe.eval.before and measures_gap:
-            trainer.add_callback(LogGapBefore(trainer, eval_batches))
+    if recipe.eval.before:
+        with_gap = measures_gap and recipe.eval.steps is not None
+        trainer.add_callback(LogLossesBefore(trainer, eval_batches, with_gap))
     return eval_batches
+
+
+def _some_of_each_kind(samples: Sequence[Sample], seed: int) -> list[Sample]:
+    """Return at most `FINAL_LOSS_SAMPLES` with images, and as many without."""
+    chosen = []
+    for has_images in (True, False):
+        own = [sample for sample in samples if bool(sample.images) is has_images]
+        few = len(own) <= FINAL_LOSS_SAMPLES
+        chosen += own if few else random.Random(seed).sample(own, FINAL_LOSS_SAMPLES)
+    return chosen
+
+
+def _add_losses(results: Results, trainer: Any, recipe: Recipe, eval_batches: EvalBatches) -> None:
+    """Add the losses of the final model to the results, and by kind of row also those before training."""
+    final = final_losses(trainer, recipe, eval_batches)
+    results.image_loss_gap = final.gap
+    if final.by_kind is not None and logged_losses(trainer, trainer.state.global_step).by_kind is None:
+        trainer.state.log_history.append({**final.by_kind.log_values(), "step": trainer.state.global_step})
+        if processes.is_main():
+            write_log(recipe.train.output_dir, trainer.state.log_history)
+    for condition, measured in ((BEFORE, logged_losses(trainer, 0).by_kind), (AFTER, final.by_kind)):
+        if measured is not None:
+            results.loss_by_kind[condition] = measured
 
 
 def _evaluate_before(
@@ -270,7 +312,7 @@ def _evaluate_before(
 
 
 def _train(
-    trainer: FlamingoTrainer | FlamingoDpoTrainer,
+    trainer: FlamingoTrainerMixin,
     data: OpenedData,
     recipe: Recipe,
     checkpoint: Path | None,

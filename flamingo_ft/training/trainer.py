@@ -1,4 +1,4 @@
-"""TRL's SFT and DPO trainers, with our batches, evaluation, non-finite checks and checkpoints."""
+"""TRL's SFT, DPO and KTO trainers, with our batches, evaluation, non-finite checks and checkpoints."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerState
-from trl import DPOTrainer, SFTTrainer
+from trl import DPOTrainer, KTOTrainer, SFTTrainer
 
 from flamingo_ft import processes
 from flamingo_ft.adapters.trainable import frozen_copy, match_training_mode, zero_dropout
@@ -44,7 +44,7 @@ from .optimizer import find_in_backward_optimizer, recompute_learning_rates
 if TYPE_CHECKING:
     TrainerBase = SFTTrainer
 else:
-    TrainerBase = object  # SFTTrainer and DPOTrainer come with the concrete trainers below
+    TrainerBase = object  # TRL's trainers come with the concrete ones
 
 
 class FlamingoTrainerMixin(TrainerBase):
@@ -266,22 +266,35 @@ class FlamingoTrainer(FlamingoTrainerMixin, SFTTrainer):
         return self.model(**select_label_positions(inputs), use_cache=False, fused_lm_head=True)
 
 
-class FlamingoDpoTrainer(FlamingoTrainerMixin, DPOTrainer):
-    """Direct preference optimization (arXiv:2305.18290) with the initial model as reference.
+class WithReference(FlamingoTrainerMixin):
+    """A trainer that compares the model with a frozen copy of the initial one. Dropout is off in both."""
 
-    Dropout is off in both.
-    """
+    ref_model: torch.nn.Module
 
     def __init__(self, *positional: Any, model: FlamingoForConditionalGeneration, **arguments: Any):
         zero_dropout(model)
         super().__init__(*positional, model=model, ref_model=frozen_copy(model), **arguments)
 
     def compute_loss(self, *arguments: Any, **options: Any) -> Any:
-        match_training_mode(cast(torch.nn.Module, self.ref_model), self.model.training)
-        with warnings.catch_warnings():
-            # TRL 1.16 reads transformers' old name for activation checkpointing.
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        match_training_mode(self.ref_model, self.model.training)
+        with checkpointing_name_warning_ignored():
             return super().compute_loss(*arguments, **options)
+
+
+class FlamingoDpoTrainer(WithReference, DPOTrainer):
+    """Direct preference optimization (arXiv:2305.18290)."""
+
+
+class FlamingoKtoTrainer(WithReference, KTOTrainer):
+    """Kahneman-Tversky optimization (arXiv:2402.01306)."""
+
+
+@contextmanager
+def checkpointing_name_warning_ignored() -> Generator[None]:
+    """Ignore the warning that TRL 1.16 reads transformers' old name for activation checkpointing."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        yield
 
 
 def select_label_positions(inputs: Mapping[str, Any]) -> dict[str, Any]:

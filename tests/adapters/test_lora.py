@@ -161,6 +161,44 @@ def test_rslora_scales_by_the_root_of_the_rank(small_run):
     assert {layer.scaling["default"] for layer in layers(model).values()} == {8 / 4**0.5}
 
 
+@pytest.mark.parametrize(
+    ("settings", "scaled_by_root"),
+    [
+        (("lora.language={r: 64}",), True),
+        (("lora.language={r: 63}",), False),
+        (("lora.language={r: 64}", "lora.vision={r: 8}"), False),
+        (("lora.language={r: 64}", "lora.use_rslora=false"), False),
+        (("lora.language={r: 64}", "lora.init_lora_weights=pissa"), False),
+    ],
+)
+def test_rslora_is_the_default_from_rank_64_of_every_part(small_run, settings, scaled_by_root):
+    assert recipe(*settings).lora.rank_stabilized is scaled_by_root
+
+
+def test_the_default_of_rslora_reaches_the_layers_the_adapter_and_the_merged_matrix(small_run):
+    model, processor = build("lora.language={r: 64, lora_alpha: 16}")
+    shake(model)
+    assert {layer.scaling["default"] for layer in layers(model).values()} == {16 / 64**0.5}
+    save_adapter(model, processor, Path("adapter"))
+    loaded, _ = load_adapter("adapter")
+    name = "lang_encoder.model.layers.0.mlp.up_proj"
+    layer = loaded.get_submodule(name)
+    assert layer.scaling["default"] == 2.0
+    product = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    torch.testing.assert_close(layer.get_delta_weight("default"), 2.0 * product)
+
+
+def test_a_default_of_rslora_follows_the_adapter_that_training_begins_from(small_run):
+    rank = "lora.language={r: 64}"
+    model, processor = build(rank, "lora.use_rslora=false")
+    shake(model)
+    save_adapter(model, processor, Path("plain"))
+    further, _ = build(rank, "model.init_from=plain")
+    torch.testing.assert_close(logits(further, processor), logits(model, processor))
+    with pytest.raises(UserError, match="plain has LoRA with use_rslora False, the recipe True"):
+        build(rank, "model.init_from=plain", "lora.use_rslora=true")
+
+
 def test_dropout_applies_to_the_inputs_of_lora(small_run):
     model, _ = build(LORA, "lora.lora_dropout=0.25", "lora.vision={r: 2}")
     assert {layer.lora_dropout["default"].p for layer in layers(model).values()} == {0.25}

@@ -18,6 +18,8 @@ from flamingo_ft.backbones.build_nano.quickstart_data import (
     write_dataset,
     write_preferences,
 )
+from flamingo_ft.backbones.build_nano.text_data import FILES as TEXT_FILES
+from flamingo_ft.backbones.build_nano.text_data import write_text_rows
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart"
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -132,3 +134,24 @@ def test_the_two_preference_files_share_no_image():
         for name, _ in PREFERENCES.values()
     ]
     assert not images[0] & images[1]
+
+
+# --- rows of text alone
+
+
+def test_the_script_reproduces_the_packaged_text_rows_and_no_row_is_in_both_files(tmp_path):
+    write_text_rows(tmp_path)
+    rows = []
+    for name, count in TEXT_FILES.items():
+        assert (tmp_path / name).read_bytes() == (QUICKSTART / name).read_bytes()
+        rows += (QUICKSTART / name).read_text(encoding="utf-8").splitlines()
+        assert len(rows) == len({*rows}) and len(rows) >= count
+    assert not any("images" in json.loads(row) for row in rows)
+
+
+def test_a_sentence_that_is_to_be_repeated_is_the_answer():
+    turns = [row["messages"] for row in read_rows("text") if row["task"] == "plain_text"]
+    repeated = [turn for turn in turns if turn[0]["content"].startswith(("Repeat: ", "Say this again: "))]
+    assert len(repeated) > 100
+    for question, answer in repeated:
+        assert question["content"].partition(": ")[2] == answer["content"]

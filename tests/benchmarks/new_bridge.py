@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +42,13 @@ SETTINGS: dict[str, tuple[str, ...]] = {
 QUIET = ("eval.before=false", "eval.steps=null", "train.save_steps=null", "train.report_to=[]")
 
 
-def results(setting: str, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Train a setting from each seed and yield what the evaluation found."""
-    for seed in range(arguments.seeds):
+def results(name: str, overrides: Sequence[str], steps: int, seeds: int) -> Iterator[dict[str, Any]]:
+    """Train a packaged recipe from each seed and yield what the evaluation found."""
+    for seed in range(seeds):
         with tempfile.TemporaryDirectory() as folder:
-            length = (f"train.max_steps={arguments.steps}", f"train.seed={seed}")
-            overrides = (*QUIET, *length, *arguments.overrides, *SETTINGS[setting])
-            recipe = load_recipe(arguments.recipe, (*overrides, f"train.output_dir={Path(folder) / 'run'}"))
-            yield train(recipe)["eval"]
+            length = (f"train.max_steps={steps}", f"train.seed={seed}")
+            values = (*QUIET, *length, *overrides, f"train.output_dir={Path(folder) / 'run'}")
+            yield train(load_recipe(name, values))["eval"]
 
 
 def row(evaluations: list[dict[str, Any]]) -> str:
@@ -82,7 +81,9 @@ def main() -> None:
     if unknown := [name for name in arguments.settings if name not in SETTINGS]:
         parser.error(f"no setting {unknown[0]!r}; use one of: {', '.join(SETTINGS)}")
     for setting in arguments.settings or SETTINGS:
-        print(f"| {setting} | {row([*results(setting, arguments)])} |", flush=True)
+        overrides = (*arguments.overrides, *SETTINGS[setting])
+        scores = [*results(arguments.recipe, overrides, arguments.steps, arguments.seeds)]
+        print(f"| {setting} | {row(scores)} |", flush=True)
 
 
 if __name__ == "__main__":

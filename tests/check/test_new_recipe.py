@@ -82,6 +82,7 @@ KINDS = (
     "interleaved_mmc4",
     "csv_captions",
     "preference",
+    "unpaired_preference",
     "tar_shards",
 )
 
@@ -93,7 +94,8 @@ def test_data_of_any_schema_gets_a_recipe_that_passes_the_check(tmp_path, name):
         Path(entry["path"]), image_root=entry.get("image_root") and Path(entry["image_root"])
     )
     assert recipe.data.train[0].format == findings.parts[0].format
-    assert recipe.train.method == ("dpo" if findings.parts[0].format == "preference" else "sft")
+    methods = {"preference": "dpo", "unpaired_preference": "kto"}
+    assert recipe.train.method == methods.get(findings.parts[0].format, "sft")
 
 
 def test_lengths_and_sizes_follow_from_the_data(tmp_path):
@@ -104,7 +106,7 @@ def test_lengths_and_sizes_follow_from_the_data(tmp_path):
     assert longest <= recipe.eval.max_new_tokens <= 2 * longest
     assert recipe.data.max_text_tokens >= findings.distributions["text_tokens"].most
     assert recipe.data.eval_fraction == 0.2 and [part.rows for part in findings.parts] == [40, 10]
-    assert recipe.train.epochs == 20 and findings.length.max_steps == 50
+    assert recipe.train.epochs == 20 and findings.lengths[""].max_steps == 50
 
 
 def test_columns_of_other_names_and_images_in_another_folder_are_found(tmp_path):

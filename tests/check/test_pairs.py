@@ -1,10 +1,11 @@
-"""A check of preference pairs encodes both texts, as training does."""
+"""A check of preference pairs and of labelled answers encodes them as training does."""
 
 from __future__ import annotations
 
 import re
 
 from flamingo_ft.check.text_checks import TextInspector
+from flamingo_ft.data.encode import encode
 from flamingo_ft.data.pairs import encode_pair
 from flamingo_ft.data.sample import Sample
 from tests.check.small_recipes import checked, problem_lines, recipe, write_rows
@@ -51,7 +52,7 @@ def test_a_policy_truncates_both_texts_of_a_pair(tmp_path):
     messages = [user("Sure?"), assistant("Yes.")]
     sample = Sample(messages, [], "other", "x", [assistant(LONG)])
     data = recipe(tmp_path, written(tmp_path), method="dpo", too_long="drop_sample").data
-    text = TextInspector(nano_processor(), data, 60, pairs=True)(sample)
+    text = TextInspector(nano_processor(), data, 60, "dpo")(sample)
     whole = encode_pair(nano_processor(), sample, 500)
     assert text.encoded is None and text.problem is None
     assert text.losses["drop_sample"]["tokens"] == whole.chosen.text_tokens + whole.rejected.text_tokens
@@ -61,3 +62,18 @@ def test_a_policy_truncates_both_texts_of_a_pair(tmp_path):
         "tokens": whole.rejected.text_tokens - 60,
         "images": 0,
     }
+
+
+def test_a_labelled_answer_is_learned_as_kto_trains_on_it(tmp_path):
+    prompt = pair("", "")["prompt"]
+    rows = [{"prompt": prompt, "completion": text, "label": text == "Yes."} for text in ("Yes.", SHORT)]
+    train = [write_rows(tmp_path / "x.jsonl", rows)]
+    (part,) = checked(tmp_path, train, method="kto").parts
+    answers = [encode(nano_processor(), [user("Sure?"), assistant(text)]) for text in ("Yes.", SHORT)]
+    assert part.label_tokens == sum(answer.label_tokens for answer in answers)
+
+
+def test_the_same_answer_with_both_labels_is_no_duplicate(tmp_path):
+    rows = [{"prompt": "Sure?", "completion": "Yes.", "label": label} for label in (True, False, True)]
+    findings = checked(tmp_path, [write_rows(tmp_path / "x.jsonl", rows)], method="kto")
+    assert findings.repeats.copies == 1

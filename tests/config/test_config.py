@@ -369,7 +369,7 @@ def test_an_invalid_value_is_reported_with_its_line_number_and_value(folder, rig
         ("learning_rate: 1e-4", "learning_rate: unknown key; did you mean train.learning_rate?"),
         ("heads: 8", "did you mean model.perceiver.heads or model.cross_attention.heads?"),
         ("vision: {name: nano}", "did you mean model.vision or lora.vision?"),
-        ("zzz: 1", "zzz: unknown key; the keys here are model, trainable, lora, data, train, eval"),
+        ("zzz: 1", "zzz: unknown key; the keys here are model, trainable, lora, data, train, eval, stages"),
         ("eval: {sed: 1}", "eval.sed: unknown key; did you mean train.seed?"),
     ],
 )

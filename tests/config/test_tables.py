@@ -33,7 +33,7 @@ def test_only_dataset_formats_of_the_table_are_accepted():
 def test_every_part_has_its_keys_in_each_section():
     bridge = [part.name for part in tables.BRIDGE_PARTS]
     assert [*TrainableSection.model_fields] == [*bridge, "dtype"]
-    assert [*RatesSection.model_fields] == [*bridge, "gates", "lora"]
+    assert [*RatesSection.model_fields] == [*bridge, "gates", "lora", "loraplus_lr_ratio"]
     assert [*DecaysSection.model_fields] == ["perceiver", "cross_attention", "lora"]
     assert [*LoraSection.model_fields][: len(tables.LORA_PARTS)] == [part.name for part in tables.LORA_PARTS]
 

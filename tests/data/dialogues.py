@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
 from flamingo_ft.backbones.language import load_language
 from flamingo_ft.backbones.vision import load_vision
+from flamingo_ft.data.encode import IGNORED, Encoded, encode, encode_prompt
 from flamingo_ft.model.added_tokens import add_media_tokens
 from flamingo_ft.model.processor import CHUNK_TEMPLATE, FlamingoProcessor
 
@@ -76,3 +78,15 @@ TEMPLATES = {
     "chunk": (CHUNK_TEMPLATE, lambda words: f" {words}<|endofchunk|>"),
     "end outside the marks": (END_OUTSIDE_THE_MARKS, lambda words: words),
 }
+
+
+def labelled_text(processor: FlamingoProcessor, encoded: Encoded) -> str:
+    """Return the text in the loss."""
+    return processor.tokenizer.decode([token for token in encoded.labels if token != IGNORED])
+
+
+def prompts(processor: FlamingoProcessor, turns: list[dict]) -> Iterator[tuple[list[int], Encoded]]:
+    """Yield for each answer its prompt, and the encoded dialogue up to its end."""
+    for index, turn in enumerate(turns):
+        if turn["role"] == "assistant":
+            yield encode_prompt(processor, turns[:index]), encode(processor, turns[: index + 1])

@@ -228,6 +228,19 @@ def preference_text(folder):
 
 
 @fixture
+def unpaired_preference(folder):
+    """Labels as JSON has them; rows of tables may have them as text or numbers."""
+    labels = (True, "false", 1)
+    return jsonl(
+        folder,
+        [
+            {"prompt": QUESTION, "completion": answer, "label": label, "images": [put(folder, scan)]}
+            for (scan, answer), label in zip(FACTS, labels, strict=True)
+        ],
+    )
+
+
+@fixture
 def frames(folder):
     """A video as a list of its frames."""
     frames = [put(folder, scan) for scan, _ in FACTS]

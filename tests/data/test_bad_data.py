@@ -48,6 +48,7 @@ GOOD = {
     "mmc4": {"text_list": ["A."], "image_info": []},
     "obelics": {"texts": ["A."], "images": [None]},
     "preference": {"prompt": "What?", "chosen": "This.", "rejected": "That."},
+    "unpaired_preference": {"prompt": "What?", "completion": "This.", "label": True},
 }
 # Mistake -> schema of the first row, the second row, and the error that it raises.
 BAD_ROWS = {
@@ -336,6 +337,16 @@ BAD_ROWS = {
         "preference",
         {"prompt": "Q", "chosen": "A", "rejected": []},
         "rejected: no assistant message; add an answer to train on",
+    ),
+    "no label": (
+        "unpaired_preference",
+        {"prompt": "Q", "completion": "A"},
+        "label: missing; expected true or false",
+    ),
+    "a label between good and bad": (
+        "unpaired_preference",
+        {"prompt": "Q", "completion": "A", "label": 0.5},
+        "label: expected true or false, got a number",
     ),
     "image in rejected": (
         "preference",

@@ -26,7 +26,17 @@ from .chat_templates import (
     OPENS_REASONING,
     SYSTEM_LAST,
 )
-from .dialogues import CHATML, IMAGE, TEMPLATES, assistant, nano_processor, system, user
+from .dialogues import (
+    CHATML,
+    IMAGE,
+    TEMPLATES,
+    assistant,
+    labelled_text,
+    nano_processor,
+    prompts,
+    system,
+    user,
+)
 from .llama_tokenizer import llama_tokenizer
 
 SHIPPED = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))  # of many model families
@@ -49,17 +59,6 @@ def llama_processor(template: str, legacy: bool = False) -> FlamingoProcessor:
     )
     add_media_tokens(tokenizer)
     return FlamingoProcessor(nano_processor().image_processor, tokenizer, chat_template=template)
-
-
-def labelled_text(processor, encoded) -> str:
-    return processor.tokenizer.decode([token for token in encoded.labels if token != IGNORED])
-
-
-def prompts(processor, turns):
-    """Yield for each answer its prompt, and the encoded dialogue up to its end."""
-    for index, turn in enumerate(turns):
-        if turn["role"] == "assistant":
-            yield encode_prompt(processor, turns[:index]), encode(processor, turns[: index + 1])
 
 
 @pytest.mark.parametrize(
@@ -167,10 +166,11 @@ def test_an_empty_reasoning_block_in_the_answer_has_labels():
     assert labelled_text(processor, encoded) == "<think>\n\n</think>\n\nSeven.<|im_end|>"
 
 
-def test_an_answer_with_words_that_the_template_drops_is_rewritten():
+def test_a_template_that_drops_all_reasoning_keeps_that_of_the_last_answer():
     processor = nano_processor(NEVER_REASONING)
     encoded = encode(processor, REASONED)
-    assert encoded.rewritten and labelled_text(processor, encoded) == "\n\nSeven.<|im_end|>Yes.<|im_end|>"
+    assert encoded.rewritten
+    assert labelled_text(processor, encoded) == "\n\nSeven.<|im_end|><think>r2</think>Yes.<|im_end|>"
     without_loss = [{**turn, "loss": False} for turn in REASONED]
     assert not answers_rewritten(processor, without_loss, "")
 

@@ -100,7 +100,7 @@ def test_a_batch_equals_that_of_trls_collator():
     for number, sample in enumerate(samples):
         encoded = encode_pair(processor, sample, 500)
         rows.append([Example(sample.where, encoded, load(sample, encoded.images, number))])
-    ours = collate_preferences(processor.tokenizer.pad_token_id, False, None, rows)
+    ours = collate_preferences(processor.tokenizer.pad_token_id, None, rows)
     theirs = DataCollatorForVisionPreference(processor)(
         [copy.deepcopy(preference_row(sample)) for sample in samples]
     )

@@ -77,6 +77,7 @@ EXPECTED = {
     "interleaved_obelics": ("interleaved", INTERLEAVED),
     "preference": ("preference", QUESTIONS),
     "preference_text": ("preference", QUESTIONS),
+    "unpaired_preference": ("unpaired_preference", QUESTIONS),
     "json_object": ("vqa", QUESTIONS),
     "csv_captions": ("caption", CAPTIONS),
     "tsv_questions": ("vqa", QUESTIONS),
@@ -155,6 +156,11 @@ def test_a_pair_has_its_rejected_answer(tmp_path):
     for name in ("preference", "preference_text"):
         samples = read_samples(DataSource(**FIXTURES[name](tmp_path)))
         assert [sample.rejected for sample in samples] == [[assistant("Zero.")]] * 3
+
+
+def test_a_labelled_answer_has_its_label(tmp_path):
+    samples = read_samples(DataSource(**FIXTURES["unpaired_preference"](tmp_path)))
+    assert [sample.label for sample in samples] == [True, False, True]
 
 
 def test_the_shared_beginning_of_both_answers_is_the_prompt(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from flamingo_ft.inference.look import token_texts
 from flamingo_ft.inference.predictor import Predictor
 from flamingo_ft.model import build_flamingo
 from flamingo_ft.model.attention_maps import attention_maps, record_attention
+from flamingo_ft.model.tiles import Tiling
 
 from .conftest import PROMPT, make_flamingo
 
@@ -222,6 +224,25 @@ def test_weights_lie_on_their_own_picture(look):
         extents = [tuple(image.get_extent()) for image in panel.images]
         assert sorted(extents[:2]) == sorted(extents[2:]) and extents[0][1] < extents[1][0]
         assert all(image.origin == "upper" for image in panel.images)
+
+
+def test_tiles_are_drawn_as_the_image_that_they_were_cut_from():
+    model, processor = make_flamingo()
+    processor.image_processor.tiles = Tiling(4).to_dict()
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    look = Predictor(model, processor, max_new_tokens=2).look([image, image[:32, :32]], BOTH)
+    assert look.grids == [(2, 2), (1, 1)] and look.weights.shape[2:4] == (2, 5)
+    np.testing.assert_allclose(look.weights.sum((2, 3, 4, 5)), 1, rtol=1e-5)
+    plain, *panels = shown(look.figure())
+    for panel in (plain, *panels):
+        whole, *tiles, small = [image.get_extent() for image in panel.images[:6]]
+        left = whole[1] + 0.06
+        assert whole[:2] == [0, 1] and small[0] == pytest.approx(left + 1.06)
+        for extent, (row, column) in zip(tiles, itertools.product(range(2), range(2)), strict=True):
+            expected = (left + column / 2, left + (column + 1) / 2, 1 - (row + 1) / 2, 1 - row / 2)
+            assert extent == pytest.approx(expected)
+    shows = [np.asarray(image.get_array()) for image in plain.images[1:5]]
+    np.testing.assert_array_equal(np.vstack([np.hstack(shows[:2]), np.hstack(shows[2:])]), image)
 
 
 def test_texts_of_the_figure_do_not_overlap_and_stay_inside(look):

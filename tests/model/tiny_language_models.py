@@ -347,12 +347,12 @@ OVERRIDES: dict[str, dict] = {
 
 def make_tiny(family: str, seed: int = 0, vocab_size: int = 128) -> PreTrainedModel:
     """A causal language model of `family` in eval mode, a few hundred thousand parameters at most."""
-    config = _tiny_config(CONFIG_MAPPING[family], vocab_size)
+    config = tiny_config(CONFIG_MAPPING[family], vocab_size)
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-def _tiny_config(config_class: type[PreTrainedConfig], vocab_size: int) -> PreTrainedConfig:
+def tiny_config(config_class: type[PreTrainedConfig], vocab_size: int) -> PreTrainedConfig:
     fields = {field.name for field in dataclasses.fields(config_class)}
     sizes = {**SIZES, **_named(vocab_size, "vocab_size vocab_size_per_layer_input unpadded_vocab_size")}
     chosen = {name: size for name, size in sizes.items() if name in fields}
@@ -361,7 +361,7 @@ def _tiny_config(config_class: type[PreTrainedConfig], vocab_size: int) -> PreTr
         chosen["num_key_value_heads"] = 4
     for name, spec in _parts(config_class).items():
         optional = isinstance(spec, SubConfigSpec) and spec.optional
-        chosen[name] = None if optional else _tiny_config(_class_of(spec), vocab_size)
+        chosen[name] = None if optional else tiny_config(_class_of(spec), vocab_size)
     return config_class(**{**chosen, **OVERRIDES.get(config_class.model_type, {})})
 
 

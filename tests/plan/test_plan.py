@@ -35,6 +35,7 @@ QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 NF4 = "model.language.quantization=nf4"
 LORA = "lora.language={r: 8}"
 CHECKPOINTING = "train.gradient_checkpointing=true"
+GRPO = "train.grpo={num_generations: 4, max_completion_tokens: 8, beta: 0.1}"
 CASES = {  # every recipe key that changes memory is in one of them
     "defaults": [],
     "nf4, LoRA alone, checkpointing": [
@@ -64,6 +65,9 @@ CASES = {  # every recipe key that changes memory is in one of them
     "tiles without a perceiver": ["data.tiles={max: 4, size: 16}", "model.perceiver=null"],
     "tiles, dpo": ["data.tiles={max: 2, size: 16, thumbnail: false}", "train.method=dpo", LORA],
     "dpo, nf4, LoRA, checkpointing": ["train.method=dpo", NF4, LORA, CHECKPOINTING],
+    "kto, LoRA": ["train.method=kto", LORA],
+    "grpo with a reference, LoRA": ["train.method=grpo", LORA, GRPO],
+    "grpo, checkpointing": ["train.method=grpo", "train.grpo={num_generations: 4}", CHECKPOINTING],
 }
 
 
@@ -88,12 +92,14 @@ def data(tmp_path_factory) -> dict[str, str]:
         for one in alike
     ]
     path = tmp_path_factory.mktemp("data")
-    for method, rows in (("sft", alike), ("dpo", pairs)):
+    labelled = [
+        {"prompt": prompt, "completion": [answer], "label": index % 2 == 0, "images": one["images"]}
+        for index, one in enumerate(alike)
+    ]
+    files = {"sft": alike, "dpo": pairs, "kto": labelled, "grpo": alike}
+    for method, rows in files.items():
         (path / f"{method}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return {
-        method: f"data.train=[{{path: {path}/{method}.jsonl, image_root: {folder}}}]"
-        for method in ("sft", "dpo")
-    }
+    return {method: f"data.train=[{{path: {path}/{method}.jsonl, image_root: {folder}}}]" for method in files}
 
 
 # --- against a real step ---
@@ -133,16 +139,18 @@ def test_the_planned_peak_and_weights_are_those_of_a_real_run(tmp_path, data, ov
         return select_label_positions(inputs | {"labels": inputs["input_ids"]})
 
     monkeypatch.setattr("flamingo_ft.training.trainer.select_label_positions", label_every_token)
-    source = data["dpo" if "train.method=dpo" in overrides else "sft"]
-    recipe = quickstart(source, f"train.output_dir={tmp_path}", *overrides)
+    method = next((text[13:] for text in overrides if text.startswith("train.method=")), "sft")
+    recipe = quickstart(data[method], f"train.output_dir={tmp_path}", *overrides)
     model, processor = build_model(recipe)
     plan = plan_memory(recipe, device="cpu")
     assert plan.trainable_parameters == sum(p.numel() for p in trainable_parameters(model).values())
     assert (plan.batch.images, plan.batch.where_from) == (2, "the longest of the data")
     trainer = make_trainer(model, processor, open_data(recipe.data, 0), recipe, [])
+    if method == "grpo":  # sampled answers of the greatest length, as the plan has them
+        trainer.generation_config.min_new_tokens = recipe.train.grpo.max_completion_tokens
     with MemoryTracker() as tracker:
         weights = tracker.track(all_tensors(model))
-        weights += tracker.track(all_tensors(trainer.ref_model)) if recipe.train.method == "dpo" else 0
+        weights += tracker.track(all_tensors(trainer.ref_model)) if recipe.train.has_reference else 0
         tracker.reset_peak()
         trainer.train()
     assert plan.step.weights == weights

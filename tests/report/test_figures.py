@@ -16,8 +16,9 @@ from flamingo_ft.data import Sample
 from flamingo_ft.data.media import preview
 from flamingo_ft.errors import UserError
 from flamingo_ft.report import answer_grid, loss_curve, sample_grid
-from flamingo_ft.report.curves import GREEN, RED
+from flamingo_ft.report.curves import GREEN, RED, loss_figure
 from flamingo_ft.report.sample_grid import spread
+from flamingo_ft.report.stages import mark_stages
 from tests.model.kinds_of_images import KINDS
 
 LONG = "A question that goes on and on about all there is to see, WITH WORDS IN CAPITALS, to the end " * 3
@@ -198,3 +199,15 @@ def test_the_error_for_a_run_without_answers_or_losses_has_a_remedy(run):
         answer_grid(run())
     with pytest.raises(UserError, match="no loss; train with train.logging_steps below train.max_steps"):
         loss_curve(run(losses=()))
+
+
+def test_each_stage_is_marked_where_it_begins_and_a_run_of_one_stage_is_not():
+    entries = [{"loss": 1.0, "step": step} for step in range(1, 8)]
+    figure = loss_figure(entries)
+    (axes,) = figure.axes
+    curves = len(axes.lines)
+    mark_stages(figure, {"bridge": 0})
+    assert len(axes.lines) == curves
+    mark_stages(figure, {"bridge": 0, "lora": 3})
+    assert [line.get_xdata()[0] for line in axes.lines[curves:]] == [0, 3]
+    assert {"bridge", "lora"} <= {text.get_text() for text in axes.texts}

@@ -210,10 +210,16 @@ def test_no_report_is_written_if_no_run_began(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("method", "caption"), [("sft", "Cross-entropy of the reference answers"), ("dpo", "The preference loss")]
+    ("method", "caption"),
+    [
+        ("sft", "Cross-entropy of the reference answers"),
+        ("dpo", "The preference loss"),
+        ("kto", "The loss of good and bad"),
+        ("grpo", "In training the policy loss"),
+    ],
 )
 def test_the_loss_is_described_as_that_of_the_runs_method(folder, method, caption):
     (folder / "resolved_recipe.yaml").write_text(
-        dump_recipe(recipe("train.max_steps=8", f"train.method={method}"))
+        dump_recipe(recipe("train.max_steps=8", "train.batch_size=8", f"train.method={method}"))
     )
     assert caption in words(write_report(folder).read_text())

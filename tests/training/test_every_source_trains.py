@@ -96,7 +96,7 @@ STORED_OTHERWISE = (
     "tar_mmc4_files",
     "tsv_questions",
 )
-TRAINED = [name for name in FIXTURES if name not in PREFERENCES]
+TRAINED = [name for name in FIXTURES if "preference" not in name]
 
 
 @pytest.mark.parametrize("name", [slow(name) if name in STORED_OTHERWISE else name for name in TRAINED])

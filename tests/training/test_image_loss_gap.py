@@ -16,12 +16,13 @@ from flamingo_ft.data.collate import load_media
 from flamingo_ft.data.encode import encode
 from flamingo_ft.data.feature_cache import FrozenTower
 from flamingo_ft.evaluation.image_loss_gap import INDISTINGUISHABLE, ImageLossGap
+from flamingo_ft.evaluation.loss_by_kind import TEXT_ONLY, WITH_IMAGES, LossByKind, log_key
 from flamingo_ft.evaluation.questions import with_other_images
 from flamingo_ft.report.run_folder import read_log
 from flamingo_ft.training.build import build_model, make_trainer
 from flamingo_ft.training.eval_batches import EvalBatches
 from flamingo_ft.training.evaluation import run_evaluation
-from flamingo_ft.training.image_loss import measure_image_loss_gap
+from flamingo_ft.training.image_loss import measure_losses
 from flamingo_ft.training.train import train
 from flamingo_ft.training.trainer import FlamingoTrainerMixin
 
@@ -90,7 +91,7 @@ def losses_by_hand(trainer, samples) -> np.ndarray:
 def test_the_gap_and_its_standard_error_equal_float64_by_hand(mixed):
     trainer, batches = ready(recipe())
     logged = run_evaluation(trainer, batches, None)
-    gap = measure_image_loss_gap(trainer, batches)
+    gap = measure_losses(trainer, batches).gap
     assert gap == ImageLossGap.of_log(logged) and gap.samples == len(SWAPPED)
 
     samples = open_data(recipe().data, 0).eval_samples()
@@ -98,6 +99,10 @@ def test_the_gap_and_its_standard_error_equal_float64_by_hand(mixed):
     own, other = (losses_by_hand(trainer, each) for each in (samples, with_other_images(samples, 0)))
     assert own[2] == other[2] and own[4] == other[4]  # no images, or none to swap them with
     tokens = np.array([encode(trainer.processing_class, sample).label_tokens for sample in samples])
+    has_images = np.array(IMAGES) > 0
+    for kind, rows in ((TEXT_ONLY, ~has_images), (WITH_IMAGES, has_images)):
+        assert logged[log_key(kind)] == pytest.approx(own[rows].sum() / tokens[rows].sum(), rel=1e-4)
+        assert logged[f"{log_key(kind)}_samples"] == rows.sum()
     difference, size = (other - own)[SWAPPED], tokens[SWAPPED]
     value, count = difference.sum() / size.sum(), len(SWAPPED)
     error = math.sqrt(((difference - value * size) ** 2).sum() * count / (count - 1)) / size.sum()
@@ -159,7 +164,7 @@ def test_nothing_is_measured_if_it_is_turned_off_or_no_image_can_be_swapped(mixe
     trainer, batches = ready(recipe("eval.shuffled_images=false"))
     assert not any(name.startswith(KEY) for name in run_evaluation(trainer, batches, None))
     write("eval.jsonl", [row(0, 1, "Dark."), row(1, 2, "Light."), row(2, 0, "Light.")])
-    assert measure_image_loss_gap(*ready(recipe())) is None
+    assert measure_losses(*ready(recipe())).gap is None
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -185,7 +190,7 @@ def test_an_evaluation_leaves_weights_and_random_states_as_they_were(mixed):
 
 
 def test_with_a_feature_cache_swapped_images_need_no_second_pass_of_the_tower(mixed, monkeypatch):
-    plain = measure_image_loss_gap(*ready(recipe()))
+    plain = measure_losses(*ready(recipe())).gap
     trainer, batches = ready(recipe("data.cache={folder: cache, dtype: fp32}"))
     encoded, encode_images = [], FrozenTower.encode
     monkeypatch.setattr(
@@ -290,3 +295,30 @@ def test_training_and_resuming_are_bit_identical_with_and_without_the_gap(shades
         assert Path(name, WEIGHTS).read_bytes() == Path("whole", WEIGHTS).read_bytes()
         for key in ("loss", "eval_loss"):
             assert [e[key] for e in logs[name] if key in e] == [e[key] for e in logs["whole"] if key in e]
+
+
+# --- rows without images ---
+
+
+@pytest.mark.parametrize("steps", ["eval.steps=null", "eval.steps=2"])
+def test_the_text_only_loss_is_known_before_during_and_after_training(mixed, steps):
+    metrics = train(recipe("train.max_steps=4", "eval.answers=false", steps))["eval"]["loss_by_kind"]
+    assert metrics[TEXT_ONLY]["samples"] == 2 and metrics[WITH_IMAGES]["samples"] == 8
+    logged = {
+        entry["step"]: losses for entry in read_log(Path("run")) if (losses := LossByKind.of_log(entry))
+    }
+    assert [*logged] == ([0, 2, 4] if steps.endswith("2") else [0, 4])
+    for kind in (TEXT_ONLY, WITH_IMAGES):
+        before_and_after = logged[0].losses[kind].value, logged[4].losses[kind].value
+        assert (metrics[kind]["before"], metrics[kind]["after"]) == before_and_after
+        assert before_and_after[0] != before_and_after[1]
+    card = Path("run", "README.md").read_text()
+    assert (
+        f"| text only | 2 | {metrics[TEXT_ONLY]['before']:.4f} | {metrics[TEXT_ONLY]['after']:.4f} |" in card
+    )
+
+
+def test_without_text_only_rows_nothing_is_logged_by_kind(small_run):
+    config = small_recipe("data.eval=[{path: train.jsonl}]", "train.max_steps=2", "eval.steps=1")
+    assert "loss_by_kind" not in train(config)["eval"]
+    assert not any(LossByKind.of_log(entry) for entry in read_log(Path("run")))

@@ -7,6 +7,7 @@ import pytest
 import timm.optim
 import torch
 from bitsandbytes.optim import AdamW8bit, PagedAdamW32bit
+from peft.optimizers import create_loraplus_optimizer
 from transformers import TrainerCallback
 
 from flamingo_ft.adapters import trainable_parameters
@@ -195,7 +196,8 @@ def test_each_part_has_its_own_learning_rate_and_weight_decay(small_run):
     assert decays == {"perceiver": 0.1, "cross_attention": 0.0, "gates": 0.0, "new_tokens": 0.0, "lora": 0.3}
     group_of = {id(p): group["name"] for group in groups for p in group["params"]}
     for name, parameter in trainable_parameters(model).items():
-        assert group_of[id(parameter)] == optimizer_group(name), name
+        own = optimizer_group(name)
+        assert group_of[id(parameter)] == ("lora" if own == "lora_b" else own), name
     assert len(group_of) == len(trainable_parameters(model))
     with_muon = parameter_groups(model, recipe(LORA, RATES, DECAYS, "train.optimizer=muon"))
     orthogonalized = {group["name"]: group for group in with_muon if group["orthogonalized"]}
@@ -207,7 +209,10 @@ def test_each_part_has_its_own_learning_rate_and_weight_decay(small_run):
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ((), {"perceiver": 1e-3, "cross_attention": 1e-3, "gates": 1e-2, "new_tokens": 1e-3, "lora": 1e-4}),
+        (
+            (),
+            {"perceiver": 1e-3, "cross_attention": 1e-3, "gates": 1e-2, "new_tokens": 1e-3, "lora": 1e-4},
+        ),
         (("model.init_from=start",), dict.fromkeys(OPTIMIZER_GROUPS, 1e-4)),
         (
             ("train.learning_rate=0.5", "train.learning_rates.cross_attention=0.25"),
@@ -221,7 +226,8 @@ def test_each_part_has_its_own_learning_rate_and_weight_decay(small_run):
     ids=["a new bridge", "a trained bridge", "shared and own", "the gates' own"],
 )
 def test_learning_rates_that_the_recipe_leaves_out_depend_on_what_is_trained(small_run, settings, expected):
-    assert peak_rates(recipe("train.learning_rate=null", *settings)) == expected
+    rates = peak_rates(recipe("train.learning_rate=null", *settings))
+    assert rates == expected | {"lora_b": expected["lora"]}
 
 
 def test_gates_at_the_rate_of_their_blocks_keep_the_groups_of_older_checkpoints(small_run):
@@ -235,6 +241,30 @@ def test_gates_at_the_rate_of_their_blocks_keep_the_groups_of_older_checkpoints(
     assert (
         undecayed == sorted(undecayed) and any(map(is_gate, undecayed)) and not all(map(is_gate, undecayed))
     )
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_lora_plus_gives_each_parameter_the_learning_rate_that_peft_gives_it(small_run, optimizer):
+    settings = (*REGIMES["LoRA only"], "lora.use_dora=true", "train.learning_rates.lora=0.001")
+    model, _ = build(*settings)
+    plus = (f"train.optimizer={optimizer}", "train.learning_rates.loraplus_lr_ratio=16")
+    groups = parameter_groups(model, recipe(*settings, *plus))
+    pefts = create_loraplus_optimizer(model, torch.optim.AdamW, lr=0.001, loraplus_lr_ratio=16)
+    ours, theirs = (
+        {id(parameter): group["lr"] for group in some for parameter in group["params"]}
+        for some in (groups, pefts.param_groups)
+    )
+    assert ours == theirs and {*ours.values()} == {0.001, 0.016}
+    assert {group["name"]: group["lr"] for group in groups} == {"lora": 0.001, "lora_b": 0.016}
+
+
+def test_lora_plus_without_lora_is_refused_in_one_line(small_run):
+    message = (
+        "train.learning_rates.loraplus_lr_ratio: has no effect, because no part has LoRA; "
+        "remove it, or configure lora for a part"
+    )
+    with pytest.raises(UserError, match=message):
+        recipe("train.learning_rates.loraplus_lr_ratio=16")
 
 
 def test_a_trainable_parameter_without_a_group_is_not_left_out_silently(small_run):

@@ -69,7 +69,7 @@ def test_a_run_writes_adapter_recipe_metrics_predictions_and_log(folder):
         p.numel() for part in bridge for p in part.parameters()
     )
     scores = {f"accuracy{suffix}" for suffix in ("", "_before", "_shuffled_images", "_majority")}
-    assert set(metrics["eval"]) == scores | {"per_task", "verdict", "image_loss_gap"}
+    assert set(metrics["eval"]) == scores | {"per_task", "verdict", "image_loss_gap", "loss_by_kind"}
     assert metrics["eval"]["verdict"].startswith("too few held-out questions with images")
     assert set(metrics["eval"]["per_task"]) == {"0 images", "1 images", "2 images"}
     logged = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]

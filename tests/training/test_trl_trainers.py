@@ -8,6 +8,7 @@ from datasets import Dataset
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
 from flamingo_ft.model import FlamingoConfig
+from flamingo_ft.model.tiles import Tiling
 
 from .test_trl_contract import dialogues, options, parts, picture  # noqa: F401
 
@@ -119,3 +120,17 @@ def test_the_configuration_has_the_usual_names_for_the_image_token(tmp_path):
     assert stored["media_token_id"] == 57 and "image_token_id" not in stored
     config.save_pretrained(tmp_path)
     assert FlamingoConfig.from_pretrained(tmp_path).image_token_id == 57
+
+
+@pytest.mark.parametrize(
+    "make", [sft, *(pytest.param(make, marks=pytest.mark.slow) for make in (dpo, kto, grpo))]
+)
+def test_trl_trainers_take_images_in_tiles(parts, tmp_path, make):  # noqa: F811
+    model, processor = parts
+    processor.image_processor.tiles = Tiling(4, tile_pixels=16).to_dict()
+    grids = set()
+    model.perceiver.register_forward_pre_hook(lambda _, args: grids.add((args[0].shape[2], args[2])))
+    trainer = make(model, processor, tmp_path)
+    trainer.train()
+    assert trainer.state.global_step == trainer.args.max_steps
+    assert grids == {(5, (2, 2))}  # four tiles and the whole image

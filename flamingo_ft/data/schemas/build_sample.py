@@ -74,6 +74,7 @@ def build_sample(
         None if rejected is None else _messages(parsed.rejected or (), rejected),
         other_answers=tuple(parsed.other_answers),
         boxes=tuple(boxes or ()),
+        label=parsed.label,
     )
 
 

@@ -1,4 +1,4 @@
-"""A question with one answer (alpaca, prompt_completion, vqa) or a better and a worse one (preference)."""
+"""A question with an answer (alpaca, prompt_completion, vqa), a labelled one, or a better and a worse one."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from flamingo_ft.data.fields import (
     Row,
+    bool_field,
     has_value,
     list_field,
     nonempty_text,
@@ -71,6 +72,11 @@ def parse_preference(row: Row, where: str) -> ParsedRow:
         raise UserError(f"{where}: rejected: the same as chosen; remove the row")
     turns = [*system_turns(row, where), *prompt, *chosen]
     return ParsedRow(turns, images_of(row, where), videos_of(row, where), rejected)
+
+
+def parse_unpaired_preference(row: Row, where: str) -> ParsedRow:
+    """Parse prompt and completion, each text or messages, and label: whether the completion is good."""
+    return replace(parse_prompt_completion(row, where), label=bool_field(row, "label", where))
 
 
 def text_or_messages(row: Row, name: str, role: str, where: str) -> list[Turn]:
@@ -175,5 +181,14 @@ register_schema(
         matches=has_columns("chosen", "rejected"),
         parse=parse_preference,
         is_preference=True,
+    )
+)
+register_schema(
+    Schema(
+        "unpaired_preference",
+        fields=("prompt", "completion", "label"),
+        matches=has_columns("prompt", "completion", "label"),
+        parse=parse_unpaired_preference,
+        has_label=True,
     )
 )

@@ -82,7 +82,7 @@ class ParsedRow:
 
     If the messages have no marker and no image block, the images are shown first in the first user message.
     rejected: in a preference pair, the messages of the worse answer. other_answers: further reference answers
-    beside the one that is trained on, for evaluation.
+    beside the one that is trained on, for evaluation. label: whether a labelled answer is good.
     """
 
     turns: Sequence[Turn]
@@ -90,6 +90,7 @@ class ParsedRow:
     videos: Sequence[MediaRef] = ()
     rejected: Sequence[Turn] | None = None
     other_answers: Sequence[str] = ()
+    label: bool | None = None
 
     @property
     def unread(self) -> list[str]:
@@ -136,6 +137,7 @@ class Schema:
         reads_common_media: whether images come from ``image``, ``images``, ``video`` or ``videos``; if not, a
             recipe's ``columns`` cannot map these.
         is_preference: whether rows are pairs of a better and a worse answer, for ``train.method: dpo``.
+        has_label: whether rows are answers labelled good or bad, for ``train.method: kto``.
         selects: returns the one of ``fields`` that a row is read from, if they are alternatives; the others
             count as unread.
     """
@@ -148,6 +150,7 @@ class Schema:
     options: tuple[str, ...] = ()
     reads_common_media: bool = True
     is_preference: bool = False
+    has_label: bool = False
     selects: Callable[[Row], str | None] | None = None
 
     def used_fields(self, row: Row) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate, islice
@@ -95,6 +96,7 @@ class Source:
     def __init__(self, entry: DataSource, data: DataSection, prepare: Callable[[Any], Any] | None = None):
         self.name = source_name(entry)
         self._prepare = prepare
+        self._change: Callable[[Sample], Sample] | None = None
         self._limit = entry.limit
         self._files: Sequence[RowFile] = open_row_files(entry)
         self.indexed = all(file.indexed for file in self._files)
@@ -111,6 +113,17 @@ class Source:
     def is_preference(self) -> bool:
         """Whether its rows are preference pairs."""
         return SCHEMAS[self.format].is_preference
+
+    @property
+    def has_label(self) -> bool:
+        """Whether its rows are answers labelled good or bad."""
+        return SCHEMAS[self.format].has_label
+
+    def with_samples(self, change: Callable[[Sample], Sample]) -> Source:
+        """Return a source of the same rows whose samples are changed. change: picklable."""
+        changed = copy.copy(self)
+        changed._change = change
+        return changed
 
     def __len__(self) -> int:
         """Return the number of rows of an indexed source."""
@@ -141,7 +154,8 @@ class Source:
         Raises UserError "FILE: row N: field: ...", N counted from 0 in that file.
         """
         file, where = self._files[raw.file], self.where(raw)
-        return self._reader.read(self._parsed(raw), where, file.name, file.find)
+        sample = self._reader.read(self._parsed(raw), where, file.name, file.find)
+        return sample if self._change is None else self._change(sample)
 
     def where(self, raw: RawRow) -> str:
         """Return what error messages call a row: "FILE: row N"."""

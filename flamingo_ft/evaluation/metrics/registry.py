@@ -37,11 +37,12 @@ KEY_SUFFIXES = (
 RESERVED_KEYS = frozenset(
     {"before", "shuffled_images", "blank_images", "majority", "samples", "free_text", "classes", "predicted"}
     | {"verdict", "per_task", "step", USER_METRICS_KEY}
-    | {"image_loss_gap", "image_loss_gap_standard_error", "image_loss_gap_samples"}
+    | {"image_loss_gap", "image_loss_gap_standard_error", "image_loss_gap_samples", "loss_by_kind"}
     | {"label_tokens", "answers", "loss", "loss_increase", "loss_increase_standard_error"}
     | {"margin", "worse"}
     | {"entropy", "mean_token_accuracy", "num_tokens"}  # TRL's, in the log
-    | {"reward_margin", "reward_accuracy", "gates", "gates_by_layer", "learning_rate", "gradient_norm"}
+    | {"reward", "reward_margin", "reward_accuracy"}
+    | {"gates", "gates_by_layer", "learning_rate", "gradient_norm"}
     | {"throughput", "memory"}
 )
 

@@ -58,7 +58,7 @@ def test_a_name_is_registered_once(name):
         ("gates", "gates"),
         ("accuracy_majority", "accuracy_majority"),
         ("accuracy_drop", "accuracy_drop"),
-        ("reward", "reward_margin"),
+        ("reward", "reward, reward_margin"),
     ],
 )
 def test_a_name_whose_keys_are_in_use_is_refused(name, keys):

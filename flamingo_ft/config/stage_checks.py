@@ -1,0 +1,80 @@
+"""Checks of the stages of a recipe together: names, and what later stages take over from earlier ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from flamingo_ft.config.model_section import LoraSection, ModelSection
+from flamingo_ft.config.stages import FOLDER_NAME, STAGES, StageSection
+from flamingo_ft.config.tables import BRIDGE_PARTS
+from flamingo_ft.config.yaml_document import Location
+
+Errors = Iterator[tuple[Location, str]]
+
+
+def check_stages(model: ModelSection, stages: Sequence[StageSection]) -> Errors:
+    """Yield location and message of each error that no stage has by itself."""
+    yield from _check_names(stages)
+    yield from _check_lora(stages)
+    yield from _check_bridge_quantization(model, stages)
+    yield from _check_eval_fraction(stages)
+
+
+def _check_names(stages: Sequence[StageSection]) -> Errors:
+    names = [stage.name for stage in stages]
+    for index, name in enumerate(names):
+        if not FOLDER_NAME.fullmatch(name):
+            yield (
+                (STAGES, index, "name"),
+                f"must be the name of a folder, of letters, digits, '.', '_' and '-', got {name!r}",
+            )
+        elif name in names[:index]:
+            yield (STAGES, index, "name"), f"stages.{names.index(name)} has the same name; use another"
+
+
+def _check_lora(stages: Sequence[StageSection]) -> Errors:
+    """Check that LoRA weights can be trained further: a run that starts from LoRA needs LoRA of its shape."""
+    first = next((index for index, stage in enumerate(stages) if stage.lora.parts), len(stages))
+    for index in range(first + 1, len(stages)):
+        if _lora_shape(stages[index].lora) != _lora_shape(stages[first].lora):
+            yield (
+                (STAGES, index, "lora"),
+                f"differs from that of stages.{first} ({stages[first].name}), whose LoRA weights are trained "
+                "further; use the same parts, ranks, targets, use_dora and use_rslora",
+            )
+    if first + 1 < len(stages) and stages[first].lora.init_lora_weights == "pissa":
+        yield (
+            (STAGES, first, "lora", "init_lora_weights"),
+            "pissa is stored as LoRA of twice the rank, which a later stage cannot train further; "
+            "use another initialization, or pissa in the last stage alone",
+        )
+
+
+def _lora_shape(lora: LoraSection) -> object:
+    return lora.parts, lora.use_dora, lora.use_rslora
+
+
+def _check_bridge_quantization(model: ModelSection, stages: Sequence[StageSection]) -> Errors:
+    """Check that no stage quantizes what an earlier one trained: the final adapter holds it unquantized."""
+    if model.bridge_quantization == "none":
+        return
+    for part in BRIDGE_PARTS:
+        trained = [getattr(stage.trainable, part.name) for stage in stages]
+        if part.takes_lora and True in trained and False in trained[trained.index(True) :]:
+            yield (
+                ("model", "bridge_quantization"),
+                f"would quantize the {part.label} in a stage after one that trains it; "
+                f"use none, or set trainable.{part.name} alike in all later stages",
+            )
+
+
+def _check_eval_fraction(stages: Sequence[StageSection]) -> Errors:
+    """Check that all stages hold out the same rows: a later one would train on those of an earlier one."""
+    splits = [(stage.data.eval_fraction, stage.data.train, stage.train.seed) for stage in stages]
+    for index, split in enumerate(splits):
+        if split[0] and split != splits[0]:
+            yield (
+                (STAGES, index, "data", "eval_fraction"),
+                f"holds out other rows than stages.0 ({stages[0].name}), which would be trained on there; "
+                "name held-out rows with data.eval, or use the same data.train, fraction and seed",
+            )
