@@ -90,9 +90,9 @@ class Sample:
     rejected: list[dict[str, Any]] | None = None
     unread: tuple[str, ...] = ()
     other_answers: tuple[str, ...] = ()
-    label: bool | None = None
     boxes: tuple[Box, ...] = ()
     geometries: tuple[ImageGeometry | None, ...] = ()
+    label: bool | None = None
 
 
 def text_message(role: str, text: str) -> dict[str, Any]:

@@ -204,7 +204,7 @@ def test_the_package_runs_as_a_module(here):
 def test_a_user_error_from_inside_the_package_is_printed_like_any_other(
     here, entry_point, capsys, error, expected
 ):
-    entry_point(inference, "answer", "answer", error)
+    entry_point(inference, "answer", "answer_with_boxes", error)
     assert cli.main(["generate", "run", "--prompt", "?"]) == 2
     assert capsys.readouterr().err == expected
 
@@ -213,7 +213,7 @@ def test_a_user_error_from_inside_the_package_is_printed_like_any_other(
     "error", [ValueError("a bug"), OSError("a bug"), FileNotFoundError("a bug"), KeyError("a bug")]
 )
 def test_an_error_that_is_not_the_users_keeps_its_traceback(here, entry_point, error):
-    entry_point(inference, "answer", "answer", error)
+    entry_point(inference, "answer", "answer_with_boxes", error)
     with pytest.raises(type(error), match="a bug"):
         cli.main(["generate", "run", "--prompt", "?"])
 
@@ -296,7 +296,7 @@ def test_eval_passes_the_variants_on_and_prints_them(here, entry_point, capsys):
 
 
 def test_generate_prints_the_answer_alone_and_keeps_the_order_of_images(here, entry_point, capsys):
-    calls = entry_point(inference, "answer", "answer", "a three [and] a four")
+    calls = entry_point(inference, "answer", "answer_with_boxes", ("a three [and] a four", []))
     options = ["--image", "b.png", "--image", "a.png", "--prompt", "Which digits?", "--max-new-tokens", "5"]
     assert cli.main(["generate", "run", *options]) == 0
     assert calls == [("run", [Path("b.png"), Path("a.png")], "Which digits?")]

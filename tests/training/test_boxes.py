@@ -17,7 +17,7 @@ model:
   cross_attention: {heads: 4, dim_head: 32}
 lora: {language: {r: 16, lora_alpha: 32}}
 data: {train: [{path: train.jsonl}], eval: [{path: eval.jsonl}]}
-train: {output_dir: run, max_steps: 70, batch_size: 16, learning_rate: 4.0e-3, num_workers: 0}
+train: {output_dir: run, max_steps: 90, batch_size: 8, learning_rate: 4.0e-3, num_workers: 0}
 eval: {batch_size: 60, max_new_tokens: 24, before: false}
 """
 

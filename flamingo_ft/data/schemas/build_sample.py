@@ -73,8 +73,8 @@ def build_sample(
         where,
         None if rejected is None else _messages(parsed.rejected or (), rejected),
         other_answers=tuple(parsed.other_answers),
-        label=parsed.label,
         boxes=tuple(boxes or ()),
+        label=parsed.label,
     )
 
 
