@@ -39,6 +39,10 @@ def assert_same_training(folder, one: str, two: str) -> None:
 def assert_same_evaluation(first: dict, second: dict) -> None:
     """Answers are equal; a loss differs by rounding."""
     gaps = [evaluation.pop("image_loss_gap") for evaluation in (first, second)]
+    losses_by_kind = [evaluation.pop("loss_by_kind", {}) for evaluation in (first, second)]
+    assert losses_by_kind[0].keys() == losses_by_kind[1].keys()
+    for kind, expected in losses_by_kind[0].items():
+        assert losses_by_kind[1][kind] == pytest.approx(expected, rel=1e-4)
     assert first == second and gaps[1] == pytest.approx(gaps[0], rel=1e-2, abs=1e-5)
 
 
