@@ -75,11 +75,11 @@ def loss_curve(run: str | Path) -> Figure:
 
 def loss_figure(entries: Sequence[Entry]) -> Figure | None:
     """Plot the loss in training and on held-out samples; of GRPO only the latter, if there is one."""
-    training, held_out = curve(entries, "loss", "training"), curve(entries, "eval_loss", "held out")
+    training, evaluation = curve(entries, "loss", "training"), curve(entries, "eval_loss", "held out")
     is_grpo = any("reward" in entry for entry in entries)
-    if is_grpo and held_out is not None:  # another quantity than the policy loss of training
-        return _figure("Held-out loss", PER_LABEL_TOKEN, [held_out], from_zero=True)
-    curves = _present(training, held_out)
+    if is_grpo and evaluation is not None:  # another quantity than the policy loss of training
+        return _figure("Held-out loss", PER_LABEL_TOKEN, [evaluation], from_zero=True)
+    curves = _present(training, evaluation)
     title = "Loss" if len(curves) > 1 else "Training loss"
     return _figure(title, _loss_unit(entries), curves, from_zero=True)
 
