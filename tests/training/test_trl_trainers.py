@@ -123,7 +123,7 @@ def test_the_configuration_has_the_usual_names_for_the_image_token(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "make", [sft, *(pytest.param(make, marks=pytest.mark.slow) for make in (dpo, kto, grpo))]
+    "make", [sft, *(pytest.param(make, marks=pytest.mark.slow) for make in (dpo, kto))]
 )
 def test_trl_trainers_take_images_in_tiles(parts, tmp_path, make):  # noqa: F811
     model, processor = parts
