@@ -261,8 +261,20 @@ def _without_new_tiles(ours: dict[str, Any] | None, theirs: dict[str, Any] | Non
     return {key: value for key, value in ours.items() if key != "max_tiles"}
 
 
+def _check_tile_tags(config: FlamingoConfig, start_config: FlamingoConfig, start: Path) -> None:
+    """Raise UserError for text tags of tiles that the bridge of ``start`` was not trained with, or lacks."""
+    ours, theirs = (len(one.tile_tag_ids or ()) for one in (config, start_config))
+    if ours == theirs:
+        return
+    trained = f"text tags for {theirs - 1} tiles" if theirs else "no text tags of tiles"
+    recipe = f"them for {ours - 1}" if ours else "none"
+    remedy = f"data.tiles.tags text and data.tiles.max {theirs - 1}" if theirs else "other data.tiles.tags"
+    raise UserError(f"model.init_from: {start} has {trained}, the recipe has {recipe}; use {remedy}")
+
+
 def _check_compatible(config: FlamingoConfig, start_config: FlamingoConfig, start: Path) -> None:
     """Raise UserError unless the bridge of ``start`` fits the model and is all that ``start`` learned."""
+    _check_tile_tags(config, start_config, start)
     for key in GEOMETRY:
         ours, theirs = getattr(config, key), getattr(start_config, key)
         if key == "perceiver":

@@ -21,7 +21,7 @@ from flamingo_ft.data.sample_order import WeightedSource
 from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.probe import run_probe
 from flamingo_ft.evaluation.probe_verdict import tower_lines
-from flamingo_ft.model.build import backbone_files, eos_token_ids, set_media_options, text_limit
+from flamingo_ft.model.build import backbone_files, eos_token_ids, set_media_options, tagged_tiles, text_limit
 from flamingo_ft.progress import progress_bars
 
 from .check_report import MADE_BY, CheckReport, TrainingLength
@@ -57,7 +57,7 @@ def check_data(
     """
     with _report_folder(folder) as new:
         files = backbone_files(recipe.model)
-        processor = files.processor()
+        processor = files.processor(tagged_tiles(recipe.data))
         apply_template(processor, recipe.data)
         set_media_options(processor, recipe.data)
         limit = text_limit(files.language, recipe.data.max_text_tokens)

@@ -93,10 +93,12 @@ class TilesSection(Section):
     enlarges the image."""
     thumbnail: bool = True
     """Whether the whole image, scaled down, is a view of its own besides its tiles."""
-    tags: Literal["learned", "none"] = "learned"
+    tags: Literal["learned", "text", "none"] = "learned"
     """How the model knows the place of a tile. learned: embeddings of its row and its column, and one of the
-    whole image, are added to the tokens; they are trained with trainable.perceiver. none: it does not, and
-    tiles are an unordered set."""
+    whole image, are added to the tokens; they are trained with trainable.perceiver. text: every `<image>` is
+    followed by max + 1 added tokens, one for each tile and one for the whole image, and each attends to its
+    view alone, as in NVLM-X (arXiv:2409.11402); they are trained with trainable.new_tokens, and
+    model.perceiver must be null. none: it does not, and tiles are an unordered set."""
 
 
 class CacheSection(Section):

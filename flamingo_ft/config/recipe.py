@@ -22,7 +22,7 @@ from flamingo_ft.config.model_section import (
 from flamingo_ft.config.section import Section
 from flamingo_ft.config.stage_checks import check_stages
 from flamingo_ft.config.stages import STAGE_SECTIONS, STAGES, Stages, with_default_optimizer
-from flamingo_ft.config.tables import BRIDGE_PARTS, CROSS_ATTENTION, PERCEIVER, VISION
+from flamingo_ft.config.tables import BRIDGE_PARTS, CROSS_ATTENTION, NEW_TOKENS, PERCEIVER, VISION
 from flamingo_ft.config.train_section import EvalSection, TrainSection
 from flamingo_ft.config.yaml_document import Location
 
@@ -114,6 +114,7 @@ def _cross_field_errors(recipe: Recipe) -> Errors:
     )
     yield from _check_parts(model, trainable, lora)
     yield from _check_data(data, lora)
+    yield from _check_tile_tags(recipe)
     yield from _check_run_length(train, data)
     yield from _check_training(train, trainable)
     yield from _check_evaluation(recipe.eval, data)
@@ -197,6 +198,22 @@ def _check_data(data: DataSection, lora: LoraSection) -> Errors:
         yield (
             ("data", "eval_fraction"),
             "a fraction of a streamed source cannot be held out; use data.eval, or set streaming to false",
+        )
+
+
+def _check_tile_tags(recipe: Recipe) -> Errors:
+    if recipe.data.tiles is None or recipe.data.tiles.tags != "text":
+        return
+    if recipe.model.perceiver.depth:
+        yield (
+            ("data", "tiles", "tags"),
+            "a text tag attends to the tokens of its tile, which a perceiver would mix with those of others; "
+            "set model.perceiver to null, or use learned",
+        )
+    if recipe.model.init_from is None and not getattr(recipe.trainable, NEW_TOKENS.name):
+        yield (
+            ("data", "tiles", "tags"),
+            "the rows of text tags have to be trained; set trainable.new_tokens to true, or use learned",
         )
 
 

@@ -88,9 +88,9 @@ def encode(processor: FlamingoProcessor, sample: Sample | Messages) -> Encoded:
 
     If the chat template marks what the assistant generates ({% generation %}), its marks decide about labels;
     otherwise the assistant's part is what each of its turns adds to the text before it. A message with
-    ``"loss": False`` has no labels, and a media token never has one. A special token typed in a text is
-    encoded as text. Raises UserError for a template that refuses the dialogue, leaves out its images or hides
-    the assistant's part, and for a tokenizer without offsets.
+    ``"loss": False`` has no labels, and neither a media token nor a tag of its tiles ever has one. A special
+    token typed in a text is encoded as text. Raises UserError for a template that refuses the dialogue,
+    leaves out its images or hides the assistant's part, and for a tokenizer without offsets.
     """
     messages = _messages(sample)
     if is_document(messages):
@@ -101,7 +101,7 @@ def encode(processor: FlamingoProcessor, sample: Sample | Messages) -> Encoded:
         rewritten = answers_rewritten(processor, messages, text)
     tokens = _tokenize(processor.tokenizer, text, [start for start, _ in spans])
     labels = [
-        token if token != processor.image_token_id and _overlaps(offsets, spans) else IGNORED
+        token if token not in processor.input_only_ids and _overlaps(offsets, spans) else IGNORED
         for token, offsets in zip(tokens.ids, tokens.offsets, strict=True)
     ]
     return Encoded(tokens.ids, labels, _check_images(processor, messages, tokens.ids), rewritten=rewritten)

@@ -14,7 +14,7 @@ from flamingo_ft import processes
 from flamingo_ft.config import DataSection, Recipe
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoProcessor
-from flamingo_ft.model.build import backbone_files, text_limit
+from flamingo_ft.model.build import backbone_files, tagged_tiles, text_limit
 from flamingo_ft.model.download import is_url
 
 from .box_writer import BoxWriter
@@ -275,7 +275,7 @@ def _downloaded_image(image: Image, where: str) -> Image:
 def _rows_per_sample(recipe: Recipe, data: OpenedData) -> Fraction:
     """Return the packed rows per drawn sample, of the first samples of the run."""
     files = backbone_files(recipe.model)
-    processor = files.processor()
+    processor = files.processor(tagged_tiles(recipe.data))
     apply_template(processor, recipe.data)
     limit = text_limit(files.language, recipe.data.max_text_tokens)
     encode = encoder(processor, recipe, limit)

@@ -21,6 +21,7 @@ from .conditioning import Visibility
 from .configuration import FlamingoConfig
 from .modeling import FlamingoForConditionalGeneration
 from .processor import FlamingoProcessor
+from .tile_tags import tile_tag_ids, tile_tags
 from .tiles import Tiling
 
 
@@ -34,16 +35,19 @@ def build_flamingo(
     cross_attention: Mapping[str, Any] | None = None,
     decoder_layers_attr_name: str | None = None,
     extra_tokens: Sequence[str] = (),
+    tagged_tiles: int = 0,
 ) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
     """Build a Flamingo with a new bridge, and its processor; all parameters are frozen.
 
     ``<|endofchunk|>``, ``<image>`` and ``extra_tokens`` are added to the tokenizer; their rows can be
-    trained. The other options are those of `FlamingoConfig`. Raises UserError if the language model's decoder
+    trained. tagged_tiles: most tiles of an image if they have text tags (`tile_tags`), which are added too.
+    The other options are those of `FlamingoConfig`. Raises UserError if the language model's decoder
     layers cannot be found.
     """
     lm, tokenizer = language.model, language.tokenizer
     known_rows = len(tokenizer)
-    new_token_ids = add_media_tokens(tokenizer, extra_tokens)
+    tags = tile_tags(tagged_tiles) if tagged_tiles else []
+    new_token_ids = add_media_tokens(tokenizer, [*extra_tokens, *tags])
     grow_vocabulary(lm, len(tokenizer))
     config = FlamingoConfig(
         text_config=lm.config,
@@ -56,6 +60,7 @@ def build_flamingo(
         cross_attention=dict(cross_attention or {}),
         media_token_id=token_id(tokenizer, MEDIA_TOKEN),
         eoc_token_id=token_id(tokenizer, EOC_TOKEN),
+        tile_tag_ids=[*tile_tag_ids(tokenizer)] or None,
         new_token_ids=new_token_ids,
         decoder_layers_attr_name=decoder_layers_attr_name,
         backbones={"vision": vision.source, "language": language.source},
@@ -79,7 +84,13 @@ def recipe_options(recipe: Recipe) -> dict[str, Any]:
         "perceiver": perceiver,
         "cross_attention": model.cross_attention.model_dump(),
         "decoder_layers_attr_name": model.language.decoder_layers_attr_name,
+        "tagged_tiles": tagged_tiles(recipe.data),
     }
+
+
+def tagged_tiles(data: DataSection) -> int:
+    """Return the most tiles of an image if they have text tags, else 0."""
+    return data.tiles.max if data.tiles is not None and data.tiles.tags == "text" else 0
 
 
 def set_media_options(processor: FlamingoProcessor, data: DataSection) -> None:
@@ -106,10 +117,10 @@ class BackboneFiles:
     language: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
 
-    def processor(self) -> FlamingoProcessor:
+    def processor(self, tagged_tiles: int = 0) -> FlamingoProcessor:
         """Return the processor of the Flamingo with these backbones, as `build_flamingo` makes it."""
         tokenizer = copy.deepcopy(self.tokenizer)
-        add_media_tokens(tokenizer)
+        add_media_tokens(tokenizer, tile_tags(tagged_tiles) if tagged_tiles else ())
         with torch.device("meta"):
             preprocess = tower_preprocess(build_visual(self.tower), {}, self.resize_mode)
         return FlamingoProcessor.for_backbones(preprocess, tokenizer)

@@ -13,7 +13,7 @@ far, M media, L latents.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,6 +27,7 @@ from flamingo_ft.backbones.decoder_layers import residual_streams
 
 from .compat import in_backward
 from .language_model_inputs import get_cache
+from .tile_tags import tag_of_tokens
 
 Visibility = Literal["immediate", "all_preceding", "following"]
 
@@ -36,7 +37,8 @@ class Media:
     """The encoded media of B samples, made once per forward or generation, or for a cached prompt.
 
     latents (B, M, L, D), None if the whole batch is text; counts (B,): how many of the M each sample has;
-    lengths (B, M): how many of the L each medium has, the rest being padding, None if all have L;
+    lengths (B, M): how many of the L each medium has, the rest being padding, None if all have L; tags (B, M,
+    L): which text tag of tiles sees each latent (`tile_tags`), None if each medium is one view;
     keys_values: the projected latents per decoder layer and autocast state, filled in by inference on first
     use.
     """
@@ -44,6 +46,7 @@ class Media:
     latents: Tensor | None
     counts: Tensor
     lengths: Tensor | None = None
+    tags: Tensor | None = None
     keys_values: dict[tuple[int, bool], list[Tensor]] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict) -> Media:
@@ -51,30 +54,58 @@ class Media:
         return self
 
     def visible(
-        self, times: Tensor, is_media: Tensor, visibility: Visibility, documents: Tensor | None = None
+        self,
+        times: Tensor,
+        is_media: Tensor,
+        visibility: Visibility,
+        documents: Tensor | None = None,
+        tags: Tensor | None = None,
     ) -> Tensor | None:
         """Return which media each token sees: text times and media-token mask (R, T) -> (R, T, M) bool.
 
-        If media differ in their latents, return which latents it sees instead, (R, T, M * L). documents (R,
-        T): in packed rows, the document of each token; a token sees only media of its own document.
+        If media differ in their latents, or tokens in what they see of one, return which latents they see
+        instead, (R, T, M * L). documents (R, T): in packed rows, the document of each token; a token sees
+        only media of its own document. tags (R, T): which text tag of tiles each token is, -1 for none; a tag
+        sees its view of the medium before it.
         """
         if self.latents is None:
             return None
         slot = torch.arange(1, self.latents.shape[1] + 1, device=times.device)
         target = (times + ~is_media if visibility == "following" else times)[..., None]
         seen = slot <= target if visibility == "all_preceding" else slot == target
+        if tags is not None:
+            seen = torch.where((tags >= 0)[..., None], slot == times[..., None], seen)
         counts = repeat_rows(self.counts, len(times))
         seen = seen & (slot <= counts[:, None, None])
         if documents is not None:
             owner = documents_of_media(times, is_media, documents, len(slot))
             seen = seen & (documents[..., None] == owner[:, None])
-        return seen if self.lengths is None else self._latents_of(seen, repeat_rows(self.lengths, len(times)))
+        if self.lengths is None and tags is None:
+            return seen
+        return (seen[..., None] & self._is_latent(seen) & self._in_view(seen, tags)).flatten(2)
 
-    def _latents_of(self, seen: Tensor, lengths: Tensor) -> Tensor:
-        """Return which latents (R, T, M * L) belong to media that are seen (R, T, M); lengths (R, M)."""
+    def _is_latent(self, seen: Tensor) -> Tensor:
+        """Return which latents are none of padding, (R, 1, M, L); seen: any tensor with R rows."""
         assert self.latents is not None
-        is_latent = torch.arange(self.latents.shape[2], device=seen.device) < lengths[..., None]
-        return (seen[..., None] & is_latent[:, None]).flatten(2)
+        places = torch.arange(self.latents.shape[2], device=seen.device)
+        lengths = (
+            self.counts.new_full(self.latents.shape[:2], len(places))
+            if self.lengths is None
+            else self.lengths
+        )
+        return (places < repeat_rows(lengths, len(seen))[..., None])[:, None]
+
+    def _in_view(self, seen: Tensor, tags: Tensor | None) -> Tensor:
+        """Return which latents are in the view that each token sees, (R, T, M, L) or broadcast to it.
+
+        tags (R, T): see `visible`; tokens that are no tags see all views.
+        """
+        if tags is None:
+            return seen.new_ones(())
+        tag = tags[:, :, None, None]
+        if self.tags is None:
+            return tag <= 0
+        return (tag < 0) | (repeat_rows(self.tags, len(seen))[:, None] == tag)
 
 
 def documents_of_media(times: Tensor, is_media: Tensor, documents: Tensor, slots: int) -> Tensor:
@@ -138,8 +169,15 @@ def cache_length(cache: Any) -> int:
 class MediaConditioning:
     """Runs the gated cross-attention blocks inside an unchanged language model while a `Media` is open."""
 
-    def __init__(self, media_token_id: int, visibility: Visibility, blocks: nn.ModuleList):
+    def __init__(
+        self,
+        media_token_id: int,
+        visibility: Visibility,
+        blocks: nn.ModuleList,
+        tile_tag_ids: Sequence[int] = (),
+    ):
         self.media_token_id = media_token_id
+        self.tile_tag_ids = tuple(tile_tag_ids)
         self.visibility = visibility
         self.blocks = blocks
         self.held: Media | None = None
@@ -154,6 +192,11 @@ class MediaConditioning:
         for index, block in enumerate(self.blocks):
             if block is not None:
                 layers[index].register_forward_pre_hook(partial(self._before_layer, index), with_kwargs=True)
+
+    @property
+    def input_only_ids(self) -> list[int]:
+        """The tokens that belong to an input image, which are never generated."""
+        return [self.media_token_id, *self.tile_tag_ids]
 
     @property
     def is_open(self) -> bool:
@@ -189,7 +232,8 @@ class MediaConditioning:
         is_media = input_ids == self.media_token_id
         before, start = self._times_before(media, is_media, cache)
         times = start[:, None] + is_media.cumsum(-1)
-        visible = media.visible(times, is_media, self.visibility, documents)
+        tags = tag_of_tokens(input_ids, self.tile_tag_ids) if self.tile_tag_ids else None
+        visible = media.visible(times, is_media, self.visibility, documents, tags)
         self._now.call = _Call(torch.cat([before, times], dim=1), visible)
 
     def finish(self, cache: Any) -> None:

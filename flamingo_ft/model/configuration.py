@@ -35,6 +35,7 @@ class FlamingoConfig(PreTrainedConfig):
         cross_attention: arguments of `GatedCrossAttentionBlock` besides the widths.
         media_token_id: id of ``<image>``, one per image or video; also under the name ``image_token_id``.
         eoc_token_id: id of ``<|endofchunk|>``.
+        tile_tag_ids: ids of the text tags of tiles (`tile_tags`), None for no such tags.
         new_token_ids: ids of the tokens that were added to the vocabulary; their rows are the Flamingo's own.
         decoder_layers_attr_name: dotted path of the decoder layers in the language model; None to find them.
         backbones: where both backbones came from: name, revision and content hash of ``vision`` and
@@ -67,6 +68,7 @@ class FlamingoConfig(PreTrainedConfig):
     cross_attention: dict[str, Any] | None = None
     media_token_id: int | None = None
     eoc_token_id: int | None = None
+    tile_tag_ids: list[int] | None = None
     new_token_ids: list[int] | None = None
     decoder_layers_attr_name: str | None = None
     backbones: dict[str, Any] | None = None

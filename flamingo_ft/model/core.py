@@ -34,7 +34,7 @@ from .token_rows import TokenRows
 
 
 class NoMediaToken(SuppressTokensLogitsProcessor):
-    """Suppresses the media token during generation, since there would be no image for it.
+    """Suppresses the media token during generation, since there would be no image for it, and tags of tiles.
 
     A class of its own, because transformers lets a processor that is passed in replace its own of the same
     class, and with it the user's ``suppress_tokens``.
@@ -59,6 +59,7 @@ class FlamingoCore(nn.Module):
         *,
         vis_dim: int,
         media_token_id: int,
+        tile_tag_ids: Sequence[int] = (),
         every: int = 1,
         visibility: Visibility = "immediate",
         perceiver: Mapping[str, Any] | None = None,
@@ -76,7 +77,9 @@ class FlamingoCore(nn.Module):
             GatedCrossAttentionBlock(**sizes) if (index + 1) % every == 0 else None
             for index in range(len(layers))
         )
-        self.conditioning = MediaConditioning(media_token_id, visibility, self.gated_cross_attn_layers)
+        self.conditioning = MediaConditioning(
+            media_token_id, visibility, self.gated_cross_attn_layers, tile_tag_ids
+        )
         self.conditioning.attach(lm, layers)
         self.token_rows = TokenRows(new_token_ids, lm) if new_token_ids else None
         if self.token_rows is not None:
@@ -158,7 +161,7 @@ class FlamingoCore(nn.Module):
         new_ids = input_ids if only_new else input_ids[:, cache_length(cache) :]
         media = self.media_for(new_ids, inputs, cache)
         self.follow_language_model()
-        no_media_token = NoMediaToken([self.conditioning.media_token_id], device=str(input_ids.device))
+        no_media_token = NoMediaToken(self.conditioning.input_only_ids, device=str(input_ids.device))
         kwargs["logits_processor"] = LogitsProcessorList(
             [*(kwargs.get("logits_processor") or []), no_media_token]
         )

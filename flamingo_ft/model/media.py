@@ -18,6 +18,7 @@ from flamingo_ft.errors import UserError
 
 from .conditioning import Media, Past, documents_of_media, repeat_rows
 from .perceiver import PerceiverResampler
+from .tile_tags import tags_of_latents
 from .tiles import UNTILED, Grid
 
 
@@ -136,22 +137,35 @@ def encode_media(
     frames, lengths = inputs.frames_of(real)
     tokens = frames if inputs.are_tokens else encode_distinct(vision, frames)
     slots = real.nonzero()[:, 1] if positions is None else positions[real]
-    encoded, sizes = _resample(perceiver, tokens, lengths, inputs.grids_of(real, lengths), slots)
-    return _place(encoded, sizes, real, counts)
+    grids = inputs.grids_of(real, lengths)
+    encoded, sizes = _resample(perceiver, tokens, lengths, grids, slots)
+    tags = None
+    if perceiver.latents is None and any(grid != UNTILED for grid in grids):
+        tags = [tags_of_latents(*medium) for medium in zip(lengths, grids, sizes, strict=True)]
+    return _place(encoded, sizes, tags, real, counts)
 
 
-def _place(encoded: Tensor, sizes: list[int], real: Tensor, counts: Tensor) -> Media:
+def _place(
+    encoded: Tensor, sizes: list[int], tags: Sequence[Tensor] | None, real: Tensor, counts: Tensor
+) -> Media:
     """Return the `Media` with the latents (N, L, D) of those that are ``real`` (B, M).
 
-    sizes: how many of the L each of them has, the rest being padding.
+    sizes: how many of the L each of the N media has, the rest being padding. tags: those of its latents.
     """
-    latents = encoded.new_zeros(*real.shape, *encoded.shape[1:])
-    latents[real] = encoded
-    if len(set(sizes)) == 1:
-        return Media(latents, counts)
-    lengths = counts.new_zeros(real.shape)
-    lengths[real] = counts.new_tensor(sizes)
-    return Media(latents, counts, lengths)
+    media = Media(_at_real(encoded, real), counts)
+    if len(set(sizes)) > 1:
+        media.lengths = _at_real(counts.new_tensor(sizes), real)
+    if tags is not None:
+        padded = nn.utils.rnn.pad_sequence([*tags], batch_first=True, padding_value=-1)
+        media.tags = _at_real(padded.to(counts.device), real)
+    return media
+
+
+def _at_real(values: Tensor, real: Tensor) -> Tensor:
+    """Return values (N, ...) at the N places of ``real`` (B, M), and zeros elsewhere: (B, M, ...)."""
+    placed = values.new_zeros(*real.shape, *values.shape[1:])
+    placed[real] = values
+    return placed
 
 
 def encode_distinct(vision: nn.Module, images: Tensor) -> Tensor:
@@ -223,22 +237,28 @@ def extend(past: Past, seen: Tensor, new: Media) -> Media:
     if new.latents is None:
         return past.media
     counts, rows = seen + new.counts, len(seen)
-    before, after = _first_latents(past.media, seen, rows), _first_latents(new, new.counts, rows)
-    encoded = [latents for both in zip(before, after, strict=True) for row in both for latents in row]
+    before, after = _first_media(past.media, seen, rows), _first_media(new, new.counts, rows)
+    media = [medium for both in zip(before, after, strict=True) for row in both for medium in row]
+    tiled = past.media.tags is not None or new.tags is not None
     real = torch.arange(int(counts.max()), device=counts.device) < counts[:, None]
-    return _place(*_pad(encoded), real, counts)
+    encoded, sizes = _pad([latents for latents, _ in media])
+    return _place(encoded, sizes, [tags for _, tags in media] if tiled else None, real, counts)
 
 
-def _first_latents(media: Media, counts: Tensor, rows: int) -> list[list[Tensor]]:
-    """Return the latents (L, D), without padding, of the first ``counts`` (R,) media of each row of text."""
+def _first_media(media: Media, counts: Tensor, rows: int) -> list[list[tuple[Tensor, Tensor]]]:
+    """Return latents (L, D) and their tags (L,), without padding, of the first media of each row of text.
+
+    counts (R,): how many. Media in one view have the tag 0.
+    """
     assert media.latents is not None
     latents = repeat_rows(media.latents, rows)
     sizes = media.lengths
     if sizes is None:
         sizes = counts.new_full(media.latents.shape[:2], media.latents.shape[2])
     sizes = repeat_rows(sizes, rows).tolist()
+    tags = counts.new_zeros(latents.shape[:3]) if media.tags is None else repeat_rows(media.tags, rows)
     return [
-        [latents[row, index, : sizes[row][index]] for index in range(count)]
+        [(latents[row, i, : sizes[row][i]], tags[row, i, : sizes[row][i]]) for i in range(count)]
         for row, count in enumerate(counts.tolist())
     ]
 

@@ -82,6 +82,7 @@ class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, Generation
             vis_dim=config.vision_width,
             # pyrefly: ignore[bad-argument-type]
             media_token_id=config.media_token_id,
+            tile_tag_ids=config.tile_tag_ids or (),
             every=config.cross_attn_every_n_layers,
             visibility=config.media_visibility,
             perceiver=config.perceiver,

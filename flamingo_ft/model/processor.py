@@ -24,6 +24,7 @@ from .chat_template import answer_template
 from .geometry import ImageGeometry, tower_geometry
 from .images import read_image, to_rgb
 from .special_text import protect, tokenize
+from .tile_tags import tile_tag_ids
 from .tiles import UNTILED, Grid, Tiling
 from .views import Views, stack_media
 
@@ -140,6 +141,7 @@ class FlamingoProcessor(ProcessorMixin):
     ):
         self.image_token = MEDIA_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(MEDIA_TOKEN)
+        self.input_only_ids = frozenset([self.image_token_id, *tile_tag_ids(tokenizer)])
         chat_template = chat_template or _template_of(tokenizer)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 

@@ -2,7 +2,8 @@
 
 Before a chat template renders a dialogue, each such string in its text is replaced by a placeholder of the
 same length, a run of private-use characters. The rendered text may be cut and joined, as trainers do. On
-tokenization the strings are restored, and the text around them is tokenized without special tokens.
+tokenization the strings are restored, and the text around them is tokenized without special tokens. The text
+tags of tiles (`tile_tags`) are inserted last.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from flamingo_ft.errors import UserError
+
+from .added_tokens import MEDIA_TOKEN, token_id
+from .tile_tags import tile_tag_ids
 
 # The last plane of Unicode is for private use. A placeholder begins with FIRST + its special token's number.
 FIRST, FILLER = 0x100000, "\U0010fffd"
@@ -48,7 +52,10 @@ def restore(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[str, list[Sp
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool = False) -> Tokens:
-    """Tokenize a text, reading typed special tokens as plain text. Raises UserError for a slow tokenizer."""
+    """Tokenize a text, reading typed special tokens as plain text. Raises UserError for a slow tokenizer.
+
+    If the tokenizer has text tags of tiles, they follow each media token, without characters of their own.
+    """
     if not tokenizer.is_fast:
         name = type(tokenizer).__name__
         raise UserError(
@@ -56,12 +63,14 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, add_special_token
         )
     text, typed = restore(tokenizer, text)
     tokens = _encode(tokenizer, text, add_special_tokens=add_special_tokens)
-    return _with_typed_as_text(tokenizer, text, typed, tokens) if typed else tokens
+    if typed:
+        tokens = _with_typed_as_text(tokenizer, text, typed, tokens)
+    return _with_tile_tags(tokenizer, tokens)
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], **options: Any) -> dict[str, Any]:
-    """Return ``tokenizer(texts, **options)``, except that special tokens behind placeholders stay text."""
-    if not any(restore(tokenizer, text)[1] for text in texts):
+    """Return ``tokenizer(texts, **options)`` with text tags of tiles, and typed special tokens as text."""
+    if not tile_tag_ids(tokenizer) and not any(restore(tokenizer, text)[1] for text in texts):
         return dict(tokenizer(list(texts), **options))
     rows = [encode_text(tokenizer, text, options.get("add_special_tokens", True)) for text in texts]
     rows = [_truncated(tokenizer, row, options) for row in rows]
@@ -76,6 +85,18 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], **options
             _padded_offsets(*pair) for pair in zip(rows, padded["attention_mask"], strict=True)
         ]
     return padded
+
+
+def _with_tile_tags(tokenizer: PreTrainedTokenizerBase, tokens: Tokens) -> Tokens:
+    tags = tile_tag_ids(tokenizer)
+    if not tags:
+        return tokens
+    media, pairs = token_id(tokenizer, MEDIA_TOKEN), []
+    for token, span in zip(tokens.ids, tokens.offsets, strict=True):
+        pairs.append((token, span))
+        if token == media:
+            pairs += [(tag, (span[1], span[1])) for tag in tags]
+    return Tokens([token for token, _ in pairs], [span for _, span in pairs])
 
 
 def _truncated(tokenizer: PreTrainedTokenizerBase, tokens: Tokens, options: dict[str, Any]) -> Tokens:

@@ -25,6 +25,7 @@ SETTINGS: dict[str, dict[str, tuple[str, ...]]] = {
         "4 tiles, 64 latents": (TILES[4], LATENTS),
         "8 tiles, 64 latents": (TILES[8], LATENTS),
         "8 tiles, no thumbnail": ("data.tiles={max: 8, thumbnail: false}",),
+        "8 tiles, text tags": ("data.tiles={max: 8, tags: text}",),
         "8 tiles, no tags": ("data.tiles={max: 8, tags: none}",),
     },
     "emoji": {

@@ -122,9 +122,7 @@ def test_the_configuration_has_the_usual_names_for_the_image_token(tmp_path):
     assert FlamingoConfig.from_pretrained(tmp_path).image_token_id == 57
 
 
-@pytest.mark.parametrize(
-    "make", [sft, *(pytest.param(make, marks=pytest.mark.slow) for make in (dpo, kto))]
-)
+@pytest.mark.parametrize("make", [sft, *(pytest.param(make, marks=pytest.mark.slow) for make in (dpo, kto))])
 def test_trl_trainers_take_images_in_tiles(parts, tmp_path, make):  # noqa: F811
     model, processor = parts
     processor.image_processor.tiles = Tiling(4, tile_pixels=16).to_dict()
