@@ -62,7 +62,7 @@ CASES = {  # every recipe key that changes memory is in one of them
     "DoRA, 8-bit AdamW": [LORA, "lora.use_dora=true", "train.optimizer=adamw_8bit"],
     "a step inside the backward pass, in bf16": ["train.optimizer_in_backward=true", "trainable.dtype=bf16"],
     # 32-pixel images: four tiles and the whole
-    "tiles without a perceiver": ["data.tiles={max: 4, size: 16}", "model.perceiver=null"],
+    "tiles with text tags": ["data.tiles={max: 4, size: 16, tags: text}", "model.perceiver=null"],
     "tiles, dpo": ["data.tiles={max: 4, size: 16}", "train.method=dpo", LORA],
     "dpo, nf4, LoRA, checkpointing": ["train.method=dpo", NF4, LORA, CHECKPOINTING],
     "kto, LoRA": ["train.method=kto", LORA],
