@@ -1,16 +1,14 @@
 """The README is right: its example and its commands run, and the files of its tree exist."""
 
 import json
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from flamingo_ft import cli
 from flamingo_ft.config.library import packaged_recipes
 
 from .recipe_needs import needs_the_hub
@@ -69,18 +67,11 @@ def shortened(command: list[str]) -> list[str]:
 
 
 @pytest.mark.slow
-def test_every_command_runs_and_the_quickstart_reaches_its_accuracy(tmp_path):
+def test_every_command_runs_and_the_quickstart_reaches_its_accuracy(tmp_path, monkeypatch):
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    monkeypatch.chdir(tmp_path)
     for command in commands():
-        result = subprocess.run(
-            [sys.executable, "-m", "flamingo_ft", *shortened(command)[1:]],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-        assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+        assert cli.main(shortened(command)[1:]) == 0, command
     tasks = json.loads((tmp_path / "runs" / "quickstart" / "metrics.json").read_text())["eval"]["per_task"]
     for task in ("which_digit", "even_or_odd", "larger_than_five"):
         assert tasks[task]["accuracy"] >= 0.95, (task, tasks[task])

@@ -19,7 +19,6 @@ LOADS = (
     "script",
     [
         f"from importlib.util import find_spec; import flamingo_ft; find_spec('transformers'); {ASK}",
-        f"import transformers; import flamingo_ft; {ASK}",
         f"from flamingo_ft.backbones.language import load_language; {ASK}",
         f"import flamingo_ft.model; {ASK}; {LOADS}",
     ],

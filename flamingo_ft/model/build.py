@@ -69,7 +69,18 @@ def build_flamingo(
     model = FlamingoForConditionalGeneration(config, vision.visual, lm)
     if model.token_rows is not None:
         model.token_rows.reset(lm, known_rows)
+        model.token_rows.spell_out(lm, _spellings(tokenizer, tags))
     return model, FlamingoProcessor.for_backbones(vision.preprocess, tokenizer)
+
+
+def _spellings(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> dict[int, list[int]]:
+    """Return the ids of the tokens that spell each of ``tokens``, by its id."""
+    return {
+        token_id(tokenizer, token): tokenizer(
+            token, add_special_tokens=False, split_special_tokens=True
+        ).input_ids
+        for token in tokens
+    }
 
 
 def recipe_options(recipe: Recipe) -> dict[str, Any]:

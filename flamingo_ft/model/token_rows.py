@@ -16,7 +16,7 @@ whose product is the same logits. The gradients of h and R flow through the appe
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, cast
@@ -92,6 +92,18 @@ class TokenRows(nn.Module):
         self.input.weight.copy_(input_embedding(lm).weight[:known].float().mean(0))
         if self.output is not None:
             self.output.weight.copy_(_head_of(lm).weight[:known].float().mean(0))
+
+    @torch.no_grad()
+    def spell_out(self, lm: PreTrainedModel, spellings: Mapping[int, Sequence[int]]) -> None:
+        """Initialize the input rows of some tokens, by id, with the mean of the rows of what spells them.
+
+        Unlike the mean of all, which `reset` gives to each, these rows differ from the start.
+        """
+        embeddings = input_embedding(lm).weight
+        for token, pieces in spellings.items():
+            if token in self.token_ids:
+                row = embeddings[list(pieces)].float().mean(0)
+                self.input.weight[self.token_ids.index(token)] = row
 
     @torch.no_grad()
     def copy_from(self, lm: PreTrainedModel) -> None:

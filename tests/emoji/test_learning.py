@@ -40,11 +40,18 @@ pytestmark = [
     pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}"),
 ]
 
-STEPS = ("train.max_steps=60", "eval.steps=null", "eval.before=false", "eval.max_samples=200")
+# Answers are not looked at: a gap of the losses is found long before the answers are right.
+STEPS = (
+    "train.max_steps=30",
+    "eval.steps=null",
+    "eval.before=false",
+    "eval.max_samples=200",
+    "eval.max_new_tokens=1",
+)
 FEW = (
-    "train.max_steps=4",
+    "train.max_steps=2",
     "train.batch_size=2",
-    "eval.max_samples=8",
+    "eval.max_samples=4",
     *STEPS[1:3],
     "eval.shuffled_images=false",
 )
@@ -66,7 +73,7 @@ def here(tmp_path_factory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def run(here) -> Path:
-    """The recipe's run after 60 steps."""
+    """The recipe's run after 30 steps."""
     assert cli.main(["train", "emoji", *STEPS]) == 0
     return here / "runs/emoji"
 
@@ -105,7 +112,7 @@ def test_demonstrations_are_trained_on_and_evaluated_with(run, capsys, tmp_path,
     few_shot = (*FEW, "train.learning_rate=1e-3")
     assert cli.main(["train", "few_shot", *few_shot]) == 0
     metrics = json.loads((run.parent / "few_shot/metrics.json").read_text())
-    assert sum(task["samples"] for task in metrics["eval"]["per_task"].values()) == 8
+    assert sum(task["samples"] for task in metrics["eval"]["per_task"].values()) == 4
     data = ["--data", str(FEW_SHOT / "names"), "eval.max_samples=4", "--no-controls"]
     out = run.parent / "scores"
     asked = ["--shots", "0", "--shots", "4", "--demonstrations", "rices", "--out", str(out)]
@@ -136,7 +143,7 @@ def test_four_bits_and_lora_train_merge_and_serve(here, capsys):
     out = here / "runs/small"
     assert cli.main(["train", "emoji", *FEW, *NF4_AND_LORA, f"train.output_dir={out}"]) == 0
     merged = here / "merged"
-    assert cli.main(["merge", str(out), str(merged), "--samples", "8"]) == 0
+    assert cli.main(["merge", str(out), str(merged), "--samples", "4"]) == 0
     expected = answer(merged, [PICTURE], QUESTION)
     engine = Engine(Predictor(*load_trained(merged)), MediaPolicy(urls="none"))
     url = f"data:image/webp;base64,{base64.b64encode(PICTURE.read_bytes()).decode()}"

@@ -20,6 +20,7 @@ from flamingo_ft.model import build_flamingo
 from flamingo_ft.model.language_model_inputs import CANNOT_CONTINUE_CACHE
 from tests.data.dialogues import IMAGE, assistant, user
 from tests.model.tiny_language_models import FAMILIES, make_tiny
+from tests.thinned import slow
 
 LENGTH = 6  # tokens of an answer
 
@@ -98,9 +99,9 @@ def test_every_turn_is_answered_as_the_whole_dialogue_would_be(predictor, files)
     assert conversation.messages == messages and conversation.images == images and conversation.turns > 2
 
 
-# Those that cannot continue from a cache, and one of every other kind of cache.
+# Those that cannot continue from a cache, and one of every other kind of cache; of all others, a quarter.
 KINDS = [*CANNOT_CONTINUE_CACHE, "gemma3_text", "gpt2", "jamba", "qwen3_next", "rwkv"]
-OTHERS = [pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES if family not in KINDS]
+OTHERS = [slow(family) for family in FAMILIES if family not in KINDS][::4]
 
 
 @pytest.mark.parametrize("family", [*KINDS, *OTHERS])

@@ -187,3 +187,18 @@ WRONG = {
 def test_tags_that_could_not_be_learned_are_refused(override):
     with pytest.raises(UserError, match=f"data.tiles.tags: .*{WRONG[override]}"):
         load_recipe("quickstart", ["data.tiles={tags: text}", "model.perceiver=null", override])
+
+
+def test_new_tags_start_as_the_words_that_spell_them():
+    model, processor = build_flamingo(
+        load_vision("nano"), load_language("nano"), perceiver={"depth": 0}, tagged_tiles=2
+    )
+    rows = model.token_rows.input.weight[
+        [model.token_rows.token_ids.index(i) for i in model.config.tile_tag_ids]
+    ]
+    embeddings = model.lang_encoder.get_input_embeddings().weight
+    plain = load_language("nano").tokenizer
+    for tag, row in zip(tile_tags(2), rows, strict=True):
+        pieces = plain(tag, add_special_tokens=False).input_ids
+        torch.testing.assert_close(row, embeddings[pieces].mean(0))
+    assert len(rows.unique(dim=0)) == len(rows)
