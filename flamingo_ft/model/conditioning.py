@@ -82,30 +82,24 @@ class Media:
             seen = seen & (documents[..., None] == owner[:, None])
         if self.lengths is None and tags is None:
             return seen
-        return (seen[..., None] & self._is_latent(seen) & self._in_view(seen, tags)).flatten(2)
-
-    def _is_latent(self, seen: Tensor) -> Tensor:
-        """Return which latents are none of padding, (R, 1, M, L); seen: any tensor with R rows."""
         assert self.latents is not None
         places = torch.arange(self.latents.shape[2], device=seen.device)
-        lengths = (
-            self.counts.new_full(self.latents.shape[:2], len(places))
-            if self.lengths is None
-            else self.lengths
-        )
-        return (places < repeat_rows(lengths, len(seen))[..., None])[:, None]
+        seen = seen[..., None].expand(*seen.shape, len(places))
+        if self.lengths is not None:
+            seen = seen & (places < repeat_rows(self.lengths, len(times))[:, None, :, None])
+        if tags is not None:
+            seen = seen & self._in_view(tags)
+        return seen.flatten(2)
 
-    def _in_view(self, seen: Tensor, tags: Tensor | None) -> Tensor:
-        """Return which latents are in the view that each token sees, (R, T, M, L) or broadcast to it.
+    def _in_view(self, tags: Tensor) -> Tensor:
+        """Return which latents are in the view of each tag, (R, T, M, L) or broadcast to it.
 
-        tags (R, T): see `visible`; tokens that are no tags see all views.
+        tags (R, T): see `visible`; the other tokens see all views.
         """
-        if tags is None:
-            return seen.new_ones(())
         tag = tags[:, :, None, None]
-        if self.tags is None:
+        if self.tags is None:  # each medium is one view, that of the first tag
             return tag <= 0
-        return (tag < 0) | (repeat_rows(self.tags, len(seen))[:, None] == tag)
+        return (tag < 0) | (repeat_rows(self.tags, len(tags))[:, None] == tag)
 
 
 def documents_of_media(times: Tensor, is_media: Tensor, documents: Tensor, slots: int) -> Tensor:
