@@ -9,17 +9,18 @@ import pytest
 import torch
 from PIL import Image
 
-from flamingo_ft import build_flamingo, load_language, load_vision
-from flamingo_ft.adapters import Adapters, load_adapter, save_adapter, set_trainable
+from flamingo_ft import load_vision
+from flamingo_ft.adapters import Adapters, load_adapter, save_adapter
 from flamingo_ft.backbones.quantization import Quantization
 from flamingo_ft.backbones.tower import build_visual, image_transform
 from flamingo_ft.backbones.vision import tower_config
 from flamingo_ft.backbones.visual_tokens import spatial_tokens
-from flamingo_ft.config import TrainableSection, VisionSection
+from flamingo_ft.config import VisionSection
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration
 from flamingo_ft.plan.meta_model import meta_vision
 
+from ..model.nano import nano_flamingo
 from .test_vision import CLIP_CFG, TOWERS, write_folder
 
 # name: configuration, another size, tokens there
@@ -149,14 +150,7 @@ def test_padding_to_a_square_keeps_the_whole_image_and_cropping_does_not():
 
 def nano(**options):
     """Return a small Flamingo with the nano tower and open gates, and its processor."""
-    torch.manual_seed(0)
-    sizes = {"num_latents": 2, "depth": 1, "heads": 2, "dim_head": 8}
-    model, processor = build_flamingo(load_vision("nano", **options), load_language("nano"), perceiver=sizes)
-    set_trainable(model, TrainableSection())
-    with torch.no_grad():
-        for block in filter(None, model.gated_cross_attn_layers):
-            block.attn_gate.fill_(1)
-    return model.eval(), processor
+    return nano_flamingo({"num_latents": 2, "depth": 1, "heads": 2, "dim_head": 8}, vision=options)
 
 
 @pytest.fixture(scope="module")

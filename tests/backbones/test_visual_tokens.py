@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import pixel_shuffle
 
-from flamingo_ft import build_flamingo, load_language, load_vision
-from flamingo_ft.adapters import Adapters, load_adapter, save_adapter, set_trainable
+from flamingo_ft import load_vision
+from flamingo_ft.adapters import Adapters, load_adapter, save_adapter
 from flamingo_ft.backbones.quantization import Quantization
 from flamingo_ft.backbones.tower import build_visual
 from flamingo_ft.backbones.vision import tower_config
@@ -18,11 +18,11 @@ from flamingo_ft.backbones.visual_tokens import (
     spatial_tokens,
     token_width,
 )
-from flamingo_ft.config import TrainableSection
 from flamingo_ft.convert import export_open_flamingo
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration
 
+from ..model.nano import nano_flamingo
 from .test_vision import TOWERS, write_folder
 
 # name: the module whose output layer -2 is, and its tokens that are not patches
@@ -117,14 +117,7 @@ def test_a_tower_loads_with_the_same_tokens_however_it_is_rebuilt(quantization, 
 
 
 def nano(tokens: TokenOptions):
-    torch.manual_seed(0)
-    vision = load_vision("nano", image_size=64, tokens=tokens)
-    model, processor = build_flamingo(vision, load_language("nano"), perceiver={"depth": 0})
-    set_trainable(model, TrainableSection())
-    with torch.no_grad():
-        for block in model.gated_cross_attn_layers:
-            block.attn_gate.fill_(1)
-    return model.eval(), processor
+    return nano_flamingo({"depth": 0}, vision={"image_size": 64, "tokens": tokens})
 
 
 @pytest.fixture(scope="module")

@@ -5,15 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flamingo_ft import build_flamingo, load_language, load_vision
-from flamingo_ft.adapters import load_adapter, save_adapter, set_trainable
-from flamingo_ft.config import TrainableSection, load_recipe
+from flamingo_ft import load_language
+from flamingo_ft.adapters import load_adapter, save_adapter
+from flamingo_ft.config import load_recipe
 from flamingo_ft.data.encode import encode
 from flamingo_ft.errors import UserError
 from flamingo_ft.model.tile_tags import tile_tag_ids, tile_tags
 from flamingo_ft.model.tiles import UNTILED, Tiling
 from flamingo_ft.model.views import Views
 
+from .nano import nano_flamingo
 from .test_tiles import LARGE, LONG, SMALL, inputs_of, medium, picture
 from .tiny import ids, tiny_flamingo
 
@@ -31,16 +32,11 @@ def tagged(**options):
 
 @pytest.fixture(scope="module")
 def parts():
-    model, processor = build_flamingo(
-        load_vision("nano"), load_language("nano"), perceiver={"depth": 0}, tagged_tiles=MAX
-    )
+    model, processor = nano_flamingo({"depth": 0}, tagged_tiles=MAX)
     processor.image_processor.tiles = Tiling(MAX).to_dict()
-    set_trainable(model, TrainableSection())
     with torch.no_grad():
-        for block in filter(None, model.gated_cross_attn_layers):
-            block.attn_gate.fill_(1)
         model.token_rows.input.weight.normal_()
-    return model.eval(), processor
+    return model, processor
 
 
 def chat(question: str, answer: list[dict]) -> list[dict]:
@@ -190,9 +186,7 @@ def test_tags_that_could_not_be_learned_are_refused(override):
 
 
 def test_new_tags_start_as_the_words_that_spell_them():
-    model, processor = build_flamingo(
-        load_vision("nano"), load_language("nano"), perceiver={"depth": 0}, tagged_tiles=2
-    )
+    model, _ = nano_flamingo({"depth": 0}, tagged_tiles=2)
     rows = model.token_rows.input.weight[
         [model.token_rows.token_ids.index(i) for i in model.config.tile_tag_ids]
     ]

@@ -11,16 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from flamingo_ft import build_flamingo, load_language, load_vision
-from flamingo_ft.adapters import load_adapter, save_adapter, set_trainable
+from flamingo_ft.adapters import load_adapter, save_adapter
 from flamingo_ft.backbones.tower import to_picture
-from flamingo_ft.config import TrainableSection
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration
 from flamingo_ft.model.attention_maps import attention_maps, record_attention
 from flamingo_ft.model.tiles import UNTILED, Tiling
 from flamingo_ft.model.views import Views, stack_media
 
+from .nano import nano_flamingo
 from .tiny import VISION_WIDTH, ids, tiny_flamingo
 
 TOKENS = 4  # of each view
@@ -74,16 +73,10 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def nano(tiling: Tiling | None, **perceiver):
-    torch.manual_seed(0)
-    sizes = {"depth": 0} | perceiver
-    model, processor = build_flamingo(load_vision("nano"), load_language("nano"), perceiver=sizes)
-    processor.image_processor.tiles = None if tiling is None else tiling.to_dict()
-    set_trainable(model, TrainableSection())
-    with torch.no_grad():
-        for block in filter(None, model.gated_cross_attn_layers):
-            block.attn_gate.fill_(1)
-    return model.eval(), processor
+def nano(tiling: Tiling, **perceiver):
+    model, processor = nano_flamingo({"depth": 0} | perceiver)
+    processor.image_processor.tiles = tiling.to_dict()
+    return model, processor
 
 
 @pytest.fixture(scope="module")
