@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
+from flamingo_ft.config.data_section import DataSection
 from flamingo_ft.config.model_section import LoraSection, ModelSection
 from flamingo_ft.config.stages import FOLDER_NAME, STAGES, StageSection
 from flamingo_ft.config.tables import BRIDGE_PARTS
@@ -17,6 +19,7 @@ def check_stages(model: ModelSection, stages: Sequence[StageSection]) -> Errors:
     yield from _check_names(stages)
     yield from _check_lora(stages)
     yield from _check_bridge_quantization(model, stages)
+    yield from _check_tiles(stages)
     yield from _check_eval_fraction(stages)
 
 
@@ -66,6 +69,28 @@ def _check_bridge_quantization(model: ModelSection, stages: Sequence[StageSectio
                 f"would quantize the {part.label} in a stage after one that trains it; "
                 f"use none, or set trainable.{part.name} alike in all later stages",
             )
+
+
+def _check_tiles(stages: Sequence[StageSection]) -> Errors:
+    """Check that each bridge has the tags that the one before it has learned; learned ones can be added."""
+    for index, (earlier, stage) in enumerate(pairwise(stages), start=1):
+        before, now = _learned_tags(earlier.data), _learned_tags(stage.data)
+        if now == before or (before is None and now is not None and now[0] == "learned"):
+            continue
+        yield (
+            (STAGES, index, "data", "tiles"),
+            f"got {_tags_text(now)}, but stages.{index - 1} ({earlier.name}), whose bridge is trained "
+            f"further, has {_tags_text(before)}; use the same tags and max",
+        )
+
+
+def _learned_tags(data: DataSection) -> tuple[str, int] | None:
+    """Return kind and number of the tags of tiles for which a bridge has parameters; None without any."""
+    return None if data.tiles is None or data.tiles.tags == "none" else (data.tiles.tags, data.tiles.max)
+
+
+def _tags_text(tags: tuple[str, int] | None) -> str:
+    return "no tags of tiles" if tags is None else f"{tags[0]} tags of {tags[1]} tiles"
 
 
 def _check_eval_fraction(stages: Sequence[StageSection]) -> Errors:

@@ -109,6 +109,40 @@ def test_a_stage_overrides_lists_as_a_whole_and_mappings_key_by_key(folder):
     assert [source.path for source in replaced] == [folder / "train.jsonl"]
 
 
+LEARNED, TEXT = "{max: 4, tags: learned}", "{max: 4, tags: text}"
+WITHOUT_PERCEIVER = "model.perceiver=null"
+NO_TAGS, SAME_TAGS = "no tags of tiles", "use the same tags and max"
+
+
+@pytest.mark.parametrize(
+    ("tiles", "later", "got", "earlier"),
+    [
+        (LEARNED, "{max: 6, tags: learned}", "learned tags of 6 tiles", "learned tags of 4 tiles"),
+        (LEARNED, "null", NO_TAGS, "learned tags of 4 tiles"),
+        (LEARNED, "{max: 4, tags: none}", NO_TAGS, "learned tags of 4 tiles"),
+        (LEARNED, TEXT, "text tags of 4 tiles", "learned tags of 4 tiles"),
+        (TEXT, "{max: 6, tags: text}", "text tags of 6 tiles", "text tags of 4 tiles"),
+        (TEXT, "null", NO_TAGS, "text tags of 4 tiles"),
+        ("null", TEXT, "text tags of 4 tiles", NO_TAGS),
+    ],
+)
+def test_tiles_whose_tags_the_stage_before_has_not_learned_are_refused(tiles, later, got, earlier):
+    overrides = (f"stages.0.data.tiles={tiles}", f"stages.1.data.tiles={later}", WITHOUT_PERCEIVER)
+    assert refusal(*overrides).endswith(
+        f": stages.1 (lora): data.tiles: got {got}, but stages.0 (bridge), whose bridge is trained further, "
+        f"has {earlier}; {SAME_TAGS}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("tiles", "later"),
+    [("null", LEARNED), ("{max: 9, tags: none}", LEARNED), (LEARNED, "{max: 4, size: 64, thumbnail: false}")],
+)
+def test_learned_tags_of_tiles_can_be_added_and_other_tiles_read(tiles, later):
+    runs = load(f"stages.0.data.tiles={tiles}", f"stages.1.data.tiles={later}").runs
+    assert runs[1].data.tiles.tags == "learned"
+
+
 NOTHING = "trainable={perceiver: false, cross_attention: false, new_tokens: false}"
 COMMON = "set model once for the whole recipe"
 MISTAKES = {
