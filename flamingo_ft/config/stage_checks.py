@@ -94,12 +94,15 @@ def _tags_text(tags: tuple[str, int] | None) -> str:
 
 
 def _check_eval_fraction(stages: Sequence[StageSection]) -> Errors:
-    """Check that all stages hold out the same rows: a later one would train on those of an earlier one."""
-    splits = [(stage.data.eval_fraction, stage.data.train, stage.train.seed) for stage in stages]
+    """Check that all stages hold out the same rows if any holds out a fraction: another may train on them."""
+    splits = [(stage.data.eval_fraction or None, stage.data.train, stage.train.seed) for stage in stages]
+    if not any(fraction for fraction, _, _ in splits):
+        return
     for index, split in enumerate(splits):
-        if split[0] and split != splits[0]:
+        if split != splits[0]:
             yield (
                 (STAGES, index, "data", "eval_fraction"),
-                f"holds out other rows than stages.0 ({stages[0].name}), which would be trained on there; "
-                "name held-out rows with data.eval, or use the same data.train, fraction and seed",
+                f"holds out different rows from stages.0 ({stages[0].name}), so one of the two may train on "
+                "rows that the other holds out; name held-out rows with data.eval in all stages, or use the "
+                "same data.train, fraction and seed",
             )

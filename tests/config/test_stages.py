@@ -145,6 +145,11 @@ def test_learned_tags_of_tiles_can_be_added_and_other_tiles_read(tiles, later):
 
 NOTHING = "trainable={perceiver: false, cross_attention: false, new_tokens: false}"
 COMMON = "set model once for the whole recipe"
+OTHER_ROWS = (
+    "stages.1 (lora): data.eval_fraction: holds out different rows from stages.0 (bridge), so one of the two "
+    "may train on rows that the other holds out; name held-out rows with data.eval in all stages, or use the "
+    "same data.train, fraction and seed"
+)
 MISTAKES = {
     ("stages=[]", "train.max_steps=1"): "stages: got an empty list; give at least one entry",
     (f"stages.0.{NOTHING}",): (
@@ -187,10 +192,11 @@ MISTAKES = {
         "stages.0 (bridge): lora.init_lora_weights: pissa is stored as LoRA of twice the rank, which a later "
         "stage cannot train further; use another initialization, or pissa in the last stage alone"
     ),
-    ("data.eval_fraction=0.5", "stages.1.train.seed=1"): (
-        "stages.1 (lora): data.eval_fraction: holds out other rows than stages.0 (bridge), which would be "
-        "trained on there; name held-out rows with data.eval, or use the same data.train, fraction and seed"
-    ),
+    ("data.eval_fraction=0.5", "stages.1.train.seed=1"): OTHER_ROWS,
+    (
+        "stages.0.data.eval_fraction=0.5",
+        "stages.1.data={eval_fraction: null, eval: [{path: train.jsonl}]}",
+    ): OTHER_ROWS,
     (
         "model.init_from=train.jsonl",
         "model.bridge_quantization=nf4",
