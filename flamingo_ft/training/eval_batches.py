@@ -120,7 +120,7 @@ class EvalBatches:
 
     @property
     def has_text_only(self) -> bool:
-        """Whether any row, in any process, has no images; never in DPO, whose losses are those of pairs."""
+        """Whether any row, in any process, has no images; never in DPO and KTO, whose losses are relative."""
         return self._has_row_losses and any(row.text.images == 0 for batch in self._batches for row in batch)
 
     @property

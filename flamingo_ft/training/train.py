@@ -254,7 +254,7 @@ def _prepare_eval_batches(
     is enough, and none is refused for their sake.
     """
     measures_gap = measures_image_loss_gap(recipe)
-    measures_text = recipe.train.method == "sft" and not all(sample.images for sample in samples)
+    measures_text = recipe.train.method in ("sft", "grpo") and not all(sample.images for sample in samples)
     if not (recipe.eval.steps or measures_gap or measures_text):
         return None
     if not recipe.eval.steps:
