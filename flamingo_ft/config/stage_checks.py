@@ -95,7 +95,7 @@ def _tags_text(tags: tuple[str, int] | None) -> str:
 
 def _check_eval_fraction(stages: Sequence[StageSection]) -> Errors:
     """Check that all stages hold out the same rows if any holds out a fraction: another may train on them."""
-    splits = [(stage.data.eval_fraction or None, stage.data.train, stage.train.seed) for stage in stages]
+    splits = [(stage.data.eval_fraction, stage.data.train, stage.train.seed) for stage in stages]
     if not any(fraction for fraction, _, _ in splits):
         return
     for index, split in enumerate(splits):
