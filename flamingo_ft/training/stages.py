@@ -16,16 +16,18 @@ import torch
 
 from flamingo_ft import atomic, processes
 from flamingo_ft.config import METRICS_FILE, PROBE_FILE, RECIPE_FILE, Recipe, dump_recipe, load_recipe
-from flamingo_ft.data import open_data
+from flamingo_ft.data import OpenedData, open_data
 from flamingo_ft.data.opened_data import check_method, with_max_steps
 from flamingo_ft.errors import ReportedElsewhere, UserError
+from flamingo_ft.evaluation.questions import questions_of
+from flamingo_ft.evaluation.select_metrics import select_metrics
 from flamingo_ft.report import final_report
 
+from .build import check_settings
 from .checkpoint_folders import checkpoint_root, newest_checkpoint
 from .hub_checkpoints import background_uploads, prepare_repository
 from .interruptions import io_errors_as_user_error
 from .output_dir import archive_metrics, keep_probe, prepare_output_dir
-from .preflight import check_machine, check_precision
 from .resume import find_start_point
 from .stage_results import join_logs, write_results
 
@@ -38,7 +40,7 @@ def train_stages(recipe: Recipe, train_run: TrainRun, *, resume: bool, notify: N
 
     Returns what is written to ``metrics.json``: that of the last stage, with the scores before the first one,
     and the metrics of every stage. Raises UserError, with the stage, for everything that an ordinary run
-    raises it for; data and machine are checked for all stages before the first one.
+    raises it for; settings, data and machine are checked for all stages before the first one.
     """
     if not processes.is_main():
         notify = _ignore
@@ -100,16 +102,12 @@ def _named_errors(recipe: Recipe, index: int) -> Generator[None]:
 
 
 def _checked(recipe: Recipe, notify: Notify) -> Recipe:
-    """Check machine and data of every stage, and return the recipe with the length of each in steps."""
+    """Check settings and data of every stage, and return the recipe with the length of each in steps."""
     trains = []
     for index, run in enumerate(recipe.runs):
         with processes.raise_together(), _named_errors(recipe, index):
-            check_machine(run.train)
-            check_precision(run)
-            data = open_data(run.data, run.train.seed)
-            check_method(data.train, run.train.method)
-            data.validate_rows()
-            trains.append(with_max_steps(run, data).train)
+            check_settings(run)
+            trains.append(with_max_steps(run, _checked_data(run)).train)
         if run.train.epochs is not None:
             steps = f"{run.train.epochs:g} epochs are {trains[-1].max_steps:,} optimizer steps"
             notify(f"stages.{index} ({recipe.stages[index].name}): {steps}")
@@ -118,6 +116,15 @@ def _checked(recipe: Recipe, notify: Notify) -> Recipe:
     ]
     last = recipe.train.model_copy(update={"max_steps": trains[-1].max_steps, "epochs": None})
     return recipe.model_copy(update={"train": last, "stages": tuple(stages)})
+
+
+def _checked_data(run: Recipe) -> OpenedData:
+    """Open a stage's data; read its rows, open its held-out images and try its metrics on an answer."""
+    data = open_data(run.data, run.train.seed)
+    check_method(data.train, run.train.method)
+    data.validate_rows()
+    select_metrics(run.eval, questions_of(data.eval_samples(run.eval.max_samples)))
+    return data
 
 
 def _is_finished(recipe: Recipe) -> bool:

@@ -31,7 +31,7 @@ from flamingo_ft.progress import Bars, progress_bars
 from flamingo_ft.report import LiveReport, final_report
 from flamingo_ft.report.run_folder import LogFile, write_log
 
-from .build import build_model, count_source_rows, first_batches, make_trainer
+from .build import build_model, check_settings, count_source_rows, first_batches, make_trainer
 from .checkpoint_folders import (
     checkpoint_root,
     newest_checkpoint,
@@ -41,14 +41,13 @@ from .checkpoint_folders import (
 from .checkpoints import check_compatible
 from .eval_batches import EvalBatches, measures_image_loss_gap
 from .evaluation import Evaluator, apply_best, evaluation_callbacks
-from .grpo import reward_functions
 from .hub_checkpoints import BackgroundUploads, PushCheckpoints, background_uploads, prepare_repository
 from .image_loss import LogLossesBefore, final_losses, logged_losses
 from .interruptions import StopOnSignal, attach_memory_plan, io_errors_as_user_error, oom_as_user_error
-from .monitoring import ProgressBar, check_trackers, tracker_callbacks
+from .monitoring import ProgressBar, tracker_callbacks
 from .non_finite import SKIPPED, count_skipped_steps
 from .output_dir import archive_metrics, prepare_output_dir
-from .preflight import check_machine, check_precision, evaluation_warnings, memory_notice
+from .preflight import evaluation_warnings, memory_notice
 from .resume import StartPoint, find_start_point, pin_init_from
 from .stage_results import LEFT_OUT_FILE
 from .stages import train_stages
@@ -106,11 +105,7 @@ def _train_whole_run(
 ) -> dict[str, Any]:
     """Check and prepare everything that needs no model, then run."""
     notify = log or (lambda line: None)
-    check_machine(recipe.train)
-    check_precision(recipe)
-    check_trackers(recipe.train)
-    if recipe.train.method == "grpo":
-        reward_functions(recipe.train.grpo)
+    check_settings(recipe)
     if recipe.train.epochs is not None:
         recipe = _with_counted_steps(recipe, notify)
     start = processes.run_on_main(partial(find_start_point, recipe)) if resume else StartPoint()

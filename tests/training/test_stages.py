@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -247,15 +248,31 @@ def test_a_run_killed_between_two_stages_or_in_the_second_resumes_bit_for_bit(
     assert metrics_of(tmp_path / "run")["eval"] == metrics_of(whole / "run")["eval"]
 
 
-def test_mistakes_in_a_later_stage_are_found_before_the_first_trains(copied):
-    with pytest.raises(UserError, match=r"^stages.1 \(lora\): "):
-        train(
-            load_recipe("./recipe.yaml", ["train.output_dir=new", "stages.1.train.method=dpo", *NO_DROPOUT])
-        )
+GRPO = "{method: grpo, max_steps: 1, grpo: {num_generations: 2, reward: ['mine.py:fn']}}"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.1.train.method=dpo", "preference pairs"),
+        (f"stages.1.train={GRPO}", "mine.py:fn: .*division by zero"),
+        ("stages.1.eval.metrics=['mine.py:fn']", "mine.py:fn: .*division by zero"),
+        ("stages.1.train.report_to=[trackio]", "train.report_to: trackio is not installed"),
+        ("stages.1.data.eval=[{path: broken.jsonl}]", "broken.jsonl: row 0: .*broken.png"),
+    ],
+)
+def test_mistakes_in_a_later_stage_are_found_before_the_first_trains(copied, monkeypatch, override, message):
+    Path("mine.py").write_text("def fn(prediction, references):\n    return 1 / 0\n")
+    Path("broken.png").write_text("no image")
+    row = {"question": "Which shade?", "answer": "Dark.", "image": "broken.png"}
+    Path("broken.jsonl").write_text(json.dumps(row))
+    monkeypatch.setattr(
+        "flamingo_ft.training.monitoring.find_spec",
+        lambda name: None if name == "trackio" else find_spec(name),
+    )
+    with pytest.raises(UserError, match=rf"^stages.1 \(lora\): .*{message}"):
+        train(load_recipe("./recipe.yaml", ["train.output_dir=new", "lora.lora_dropout=0", override]))
     assert not Path("new").exists()
-
-
-NO_DROPOUT = ["lora.lora_dropout=0"]
 
 
 # --- plan and check ---
