@@ -84,16 +84,24 @@ def train(
     train_run = partial(_train_run, resume=resume, on_data=on_data, log=log)
     if recipe.stages:
         return train_stages(recipe, train_run, resume=resume, notify=log or (lambda line: None))
-    return train_run(recipe)
+    return train_run(recipe, lambda: None)
 
 
 def _train_run(
-    recipe: Recipe, *, resume: bool, on_data: DataCallback | None, log: LogFunction | None
+    recipe: Recipe,
+    on_begin: Callable[[], None],
+    *,
+    resume: bool,
+    on_data: DataCallback | None,
+    log: LogFunction | None,
 ) -> dict[str, Any]:
-    """Train as a recipe without stages says."""
+    """Train as a recipe without stages says.
+
+    on_begin: called in the main process once nothing is left that could refuse the run, before training.
+    """
     try:
         with io_errors_as_user_error(recipe.train):
-            return _train_whole_run(recipe, resume, on_data, log)
+            return _train_whole_run(recipe, on_begin, resume, on_data, log)
     except OutOfMemory as error:
         out_of_memory = error
     # Outside the except block, whose traceback would keep the tensors alive.
@@ -101,7 +109,11 @@ def _train_run(
 
 
 def _train_whole_run(
-    recipe: Recipe, resume: bool, on_data: DataCallback | None, log: LogFunction | None
+    recipe: Recipe,
+    on_begin: Callable[[], None],
+    resume: bool,
+    on_data: DataCallback | None,
+    log: LogFunction | None,
 ) -> dict[str, Any]:
     """Check and prepare everything that needs no model, then run."""
     notify = log or (lambda line: None)
@@ -125,7 +137,7 @@ def _train_whole_run(
         with final_report(train_config.output_dir):
             if log and processes.is_main():
                 log(memory_notice(recipe))
-            metrics = _run(recipe, start.checkpoint, stop, uploads, on_data, log)
+            metrics = _run(recipe, start.checkpoint, stop, uploads, on_begin, on_data, log)
         if uploads is not None:
             uploads.push_run(train_config.output_dir)
     return metrics
@@ -157,6 +169,7 @@ def _run(
     checkpoint: Path | None,
     stop: StopOnSignal,
     uploads: BackgroundUploads | None,
+    on_begin: Callable[[], None],
     on_data: DataCallback | None,
     log: LogFunction | None,
 ) -> dict[str, Any]:
@@ -183,6 +196,7 @@ def _run(
         if uploads is not None:
             trainer.add_callback(PushCheckpoints(uploads, checkpoint_root(recipe.train), trainer.meter))
         if processes.is_main():
+            on_begin()
             archive_metrics(output_dir)
             atomic.write_text(output_dir / RECIPE_FILE, dump_recipe(recipe))
         evaluator = Evaluator(model, processor, eval_samples, recipe, progress, metrics_of_answers)
