@@ -118,7 +118,10 @@ def load_bridge_as_stored(
     """Load the bridge that the adapter in ``folder`` builds on, in its stored dtypes, as it was hashed."""
     path = _locate_bridge(folder, record["path"], start)
     _load_bridge(model, path)
-    digest = tensors_sha256(bridge_tensors(model))
+    tensors = bridge_tensors(model)
+    if _tile_tags(read_config(folder)) != "learned":  # a later run added tiles
+        tensors.pop("perceiver.tile_embs", None)
+    digest = tensors_sha256(tensors)
     if digest != record["sha256"]:
         raise UserError(
             f"{folder}: base mismatch: the adapter was trained on a bridge with SHA-256 "
@@ -262,14 +265,20 @@ def _without_new_tiles(ours: dict[str, Any] | None, theirs: dict[str, Any] | Non
 
 
 def _check_tile_tags(config: FlamingoConfig, start_config: FlamingoConfig, start: Path) -> None:
-    """Raise UserError for text tags of tiles that the bridge of ``start`` was not trained with, or lacks."""
-    ours, theirs = (len(one.tile_tag_ids or ()) for one in (config, start_config))
-    if ours == theirs:
-        return
-    trained = f"text tags for {theirs - 1} tiles" if theirs else "no text tags of tiles"
-    recipe = f"them for {ours - 1}" if ours else "none"
-    remedy = f"data.tiles.tags text and data.tiles.max {theirs - 1}" if theirs else "other data.tiles.tags"
-    raise UserError(f"model.init_from: {start} has {trained}, the recipe has {recipe}; use {remedy}")
+    """Raise UserError if the places of tiles were learned in another way; before tiles, they were in none."""
+    ours, theirs = _tile_tags(config), _tile_tags(start_config)
+    if ours != theirs and (theirs, ours) != ("none", "learned"):
+        raise UserError(
+            f"model.init_from: {start} was trained with data.tiles.tags {theirs}, the recipe has {ours}; "
+            "give the recipe the same"
+        )
+
+
+def _tile_tags(config: FlamingoConfig) -> str:
+    """Return the value of ``data.tiles.tags`` that a model has the parameters for."""
+    if config.tile_tag_ids:
+        return "text"
+    return "learned" if "max_tiles" in (config.perceiver or {}) else "none"
 
 
 def _check_compatible(config: FlamingoConfig, start_config: FlamingoConfig, start: Path) -> None:

@@ -133,7 +133,8 @@ def _check_grpo(train: TrainSection, data: DataSection, lora: LoraSection) -> Er
     if data.tiles:
         yield (
             ("data", "tiles"),
-            "grpo passes whole images to the model's own generation; set tiles to null, or use method sft",
+            "grpo passes whole images to the model's own generation; set tiles to null, and start from a "
+            "bridge without tiles, or use another method",
         )
     if lora.init_lora_weights == "eva":
         yield (

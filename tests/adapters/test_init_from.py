@@ -1,6 +1,7 @@
 """Training in stages: a run starts from an adapter, model or checkpoint, which becomes part of its base."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -42,11 +43,40 @@ def test_tiles_added_to_a_bridge_change_nothing_until_their_places_are_trained(s
     loaded = load_adapter("tiled")
     assert torch.equal(logits(*loaded), logits(model, processor))
     assert loaded[1].image_processor.tiling == Tiling(4)
-    frozen, processor = build(tiles, *LORA_ONLY)  # the places stay at zero, and are in no file
-    save_adapter(frozen, processor, Path("frozen"))
-    assert torch.equal(logits(*load_adapter("frozen")), logits(frozen, processor))
-    with pytest.raises(UserError, match="tiled has perceiver .*max_tiles.*give the recipe the same"):
-        build("model.init_from=tiled")
+
+
+def test_tiles_may_be_added_to_an_adapter_that_builds_on_a_bridge(small_run):
+    model, processor = build(*LORA_ONLY)
+    shake(model)
+    save_adapter(model, processor, Path("first"))
+    expected = logits(model, processor)
+    lora = [override for override in LORA_ONLY if not override.startswith("trainable=")]
+    tiled, processor = build(*lora, "data.tiles={max: 4}", "model.init_from=first")
+    torch.testing.assert_close(logits(tiled, processor), expected, rtol=0, atol=1e-5)
+    shake(tiled)
+    save_adapter(tiled, processor, Path("second"))
+    assert torch.equal(logits(*load_adapter("second")), logits(tiled, processor))
+
+
+OTHER_TILES = {
+    "model.init_from=tiled": "data.tiles {max: 4, size: auto, thumbnail: true}, the recipe has null",
+    "data.tiles={max: 6}": "the recipe has {max: 6, size: auto, thumbnail: true}; give the recipe the same",
+    "data.tiles={max: 4, thumbnail: false}": "the recipe has {max: 4, size: auto, thumbnail: false}",
+    "data.tiles={max: 4, tags: none}": "trained with data.tiles.tags learned, the recipe has none",
+}
+
+
+def test_a_run_divides_images_as_its_start_does(small_run):
+    save_adapter(*build("data.tiles={max: 4}", "model.init_from=start"), Path("tiled"))
+    for override, message in OTHER_TILES.items():
+        with pytest.raises(UserError, match=re.escape(message)):
+            build("model.init_from=tiled", override)
+
+
+def test_places_of_tiles_that_would_stay_at_zero_are_refused(small_run):
+    with pytest.raises(UserError, match="data.tiles.tags: the bridge of model.init_from was trained without"):
+        build("data.tiles={max: 4}", *LORA_ONLY)
+    build("data.tiles={max: 4, tags: none}", *LORA_ONLY)
 
 
 def test_a_run_that_starts_from_a_composition_shares_that_base(small_run):

@@ -1,0 +1,48 @@
+"""Check that a run divides images into tiles as the model that it starts from was trained to see them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import PROCESSOR_NAME
+
+from flamingo_ft.errors import UserError
+from flamingo_ft.hub import fetch_model
+from flamingo_ft.model import FlamingoForConditionalGeneration
+from flamingo_ft.model.tiles import Tiling
+
+from .files import read_processor
+
+
+def check_start_tiles(start: str | Path, ours: Tiling | None) -> None:
+    """Raise UserError if ``start`` was trained with other tiles than ``ours``; it may be without any."""
+    folder = fetch_model(start)
+    if not (folder / PROCESSOR_NAME).is_file():  # another Flamingo's checkpoint, or a file
+        return
+    trained = read_processor(folder).image_processor.tiling
+    if trained is not None and trained != ours:
+        raise UserError(
+            f"model.init_from: {start} was trained with data.tiles {_keys(trained)}, "
+            f"the recipe has {'null' if ours is None else _keys(ours)}; give the recipe the same"
+        )
+
+
+def check_places_are_learned(model: FlamingoForConditionalGeneration) -> None:
+    """Raise UserError for places of tiles that a bridge from before tiles lacks, and that are not trained."""
+    places = model.perceiver.tile_embs
+    if places is not None and not places.requires_grad and not places.any():
+        raise UserError(
+            "data.tiles.tags: the bridge of model.init_from was trained without tiles, and their places "
+            "cannot be learned with trainable.perceiver false; set it to true, or data.tiles.tags to none"
+        )
+
+
+def _keys(tiling: Tiling) -> str:
+    values: Mapping[str, Any] = {
+        "max": tiling.max_tiles,
+        "size": tiling.tile_pixels or "auto",
+        "thumbnail": str(tiling.thumbnail).lower(),
+    }
+    return "{" + ", ".join(f"{key}: {value}" for key, value in values.items()) + "}"
