@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
-from flamingo_ft.config.data_section import DataSection
+from flamingo_ft.config.data_section import TilesSection
 from flamingo_ft.config.model_section import LoraSection, ModelSection
 from flamingo_ft.config.stages import FOLDER_NAME, STAGES, StageSection
-from flamingo_ft.config.tables import BRIDGE_PARTS
+from flamingo_ft.config.tables import BRIDGE_PARTS, PERCEIVER
 from flamingo_ft.config.yaml_document import Location
 
 Errors = Iterator[tuple[Location, str]]
@@ -72,25 +72,45 @@ def _check_bridge_quantization(model: ModelSection, stages: Sequence[StageSectio
 
 
 def _check_tiles(stages: Sequence[StageSection]) -> Errors:
-    """Check that each bridge has the tags that the one before it has learned; learned ones can be added."""
+    """Check that each stage has the tiles of the one before it, if that has any."""
     for index, (earlier, stage) in enumerate(pairwise(stages), start=1):
-        before, now = _learned_tags(earlier.data), _learned_tags(stage.data)
-        if now == before or (before is None and now is not None and now[0] == "learned"):
+        before, now, location = earlier.data.tiles, stage.data.tiles, (STAGES, index, "data", "tiles")
+        if not _can_follow(before, now):
+            yield (
+                location,
+                f"got {_tiles_text(now)}, but stages.{index - 1} ({earlier.name}), whose bridge is trained "
+                f"further, has {_tiles_text(before)}; use the same in both",
+            )
             continue
-        yield (
-            (STAGES, index, "data", "tiles"),
-            f"got {_tags_text(now)}, but stages.{index - 1} ({earlier.name}), whose bridge is trained "
-            f"further, has {_tags_text(before)}; use the same tags and max",
-        )
+        adds_places = _tags(now) == "learned" and _tags(before) != "learned"
+        if adds_places and not getattr(stage.trainable, PERCEIVER.name):
+            yield (
+                location,
+                f"stages.{index - 1} ({earlier.name}) learns no places of tiles, and this stage cannot with "
+                "trainable.perceiver false; set it to true, or data.tiles.tags to none",
+            )
 
 
-def _learned_tags(data: DataSection) -> tuple[str, int] | None:
-    """Return kind and number of the tags of tiles for which a bridge has parameters; None without any."""
-    return None if data.tiles is None or data.tiles.tags == "none" else (data.tiles.tags, data.tiles.max)
+def _can_follow(before: TilesSection | None, now: TilesSection | None) -> bool:
+    """Return whether a bridge that was trained with the tiles ``before`` can be trained with those of now.
+
+    Learned tags can be added, because their embeddings start at zero.
+    """
+    if before is None:
+        return _tags(now) != "text"
+    return now == before or (before.tags == "none" and now == before.model_copy(update={"tags": "learned"}))
 
 
-def _tags_text(tags: tuple[str, int] | None) -> str:
-    return "no tags of tiles" if tags is None else f"{tags[0]} tags of {tags[1]} tiles"
+def _tags(tiles: TilesSection | None) -> str:
+    return "none" if tiles is None else tiles.tags
+
+
+def _tiles_text(tiles: TilesSection | None) -> str:
+    """Return tiles as a recipe has them: `{max: 4, size: auto, thumbnail: true, tags: learned}`."""
+    if tiles is None:
+        return "null"
+    values = {**tiles.model_dump(), "size": tiles.size or "auto", "thumbnail": str(tiles.thumbnail).lower()}
+    return "{" + ", ".join(f"{key}: {value}" for key, value in values.items()) + "}"
 
 
 def _check_eval_fraction(stages: Sequence[StageSection]) -> Errors:

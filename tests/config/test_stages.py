@@ -109,38 +109,47 @@ def test_a_stage_overrides_lists_as_a_whole_and_mappings_key_by_key(folder):
     assert [source.path for source in replaced] == [folder / "train.jsonl"]
 
 
-LEARNED, TEXT = "{max: 4, tags: learned}", "{max: 4, tags: text}"
+def tiles(largest: int = 4, tags: str = "learned", size: int | str = "auto") -> str:
+    return f"{{max: {largest}, size: {size}, thumbnail: true, tags: {tags}}}"
+
+
 WITHOUT_PERCEIVER = "model.perceiver=null"
-NO_TAGS, SAME_TAGS = "no tags of tiles", "use the same tags and max"
 
 
 @pytest.mark.parametrize(
-    ("tiles", "later", "got", "earlier"),
+    ("earlier", "later"),
     [
-        (LEARNED, "{max: 6, tags: learned}", "learned tags of 6 tiles", "learned tags of 4 tiles"),
-        (LEARNED, "null", NO_TAGS, "learned tags of 4 tiles"),
-        (LEARNED, "{max: 4, tags: none}", NO_TAGS, "learned tags of 4 tiles"),
-        (LEARNED, TEXT, "text tags of 4 tiles", "learned tags of 4 tiles"),
-        (TEXT, "{max: 6, tags: text}", "text tags of 6 tiles", "text tags of 4 tiles"),
-        (TEXT, "null", NO_TAGS, "text tags of 4 tiles"),
-        ("null", TEXT, "text tags of 4 tiles", NO_TAGS),
+        (tiles(), tiles(6)),
+        (tiles(), "null"),
+        (tiles(), tiles(tags="none")),
+        (tiles(), tiles(tags="text")),
+        (tiles(), tiles(size=64)),
+        (tiles(tags="text"), tiles(6, tags="text")),
+        (tiles(tags="none"), tiles(6)),
+        ("null", tiles(tags="text")),
     ],
 )
-def test_tiles_whose_tags_the_stage_before_has_not_learned_are_refused(tiles, later, got, earlier):
-    overrides = (f"stages.0.data.tiles={tiles}", f"stages.1.data.tiles={later}", WITHOUT_PERCEIVER)
+def test_tiles_other_than_those_of_the_stage_before_are_refused(earlier, later):
+    overrides = (f"stages.0.data.tiles={earlier}", f"stages.1.data.tiles={later}", WITHOUT_PERCEIVER)
     assert refusal(*overrides).endswith(
-        f": stages.1 (lora): data.tiles: got {got}, but stages.0 (bridge), whose bridge is trained further, "
-        f"has {earlier}; {SAME_TAGS}"
+        f": stages.1 (lora): data.tiles: got {later}, but stages.0 (bridge), whose bridge is trained "
+        f"further, has {earlier}; use the same in both"
     )
 
 
-@pytest.mark.parametrize(
-    ("tiles", "later"),
-    [("null", LEARNED), ("{max: 9, tags: none}", LEARNED), (LEARNED, "{max: 4, size: 64, thumbnail: false}")],
-)
-def test_learned_tags_of_tiles_can_be_added_and_other_tiles_read(tiles, later):
-    runs = load(f"stages.0.data.tiles={tiles}", f"stages.1.data.tiles={later}").runs
-    assert runs[1].data.tiles.tags == "learned"
+@pytest.mark.parametrize("earlier", ["null", tiles(tags="none")])
+def test_learned_tags_of_tiles_can_be_added_where_the_perceiver_is_trained(earlier):
+    added = (f"stages.0.data.tiles={earlier}", f"stages.1.data.tiles={tiles()}")
+    assert load(*added).runs[1].data.tiles.tags == "learned"
+    assert refusal(*added, "stages.1.trainable.perceiver=false").endswith(
+        ": stages.1 (lora): data.tiles: stages.0 (bridge) learns no places of tiles, and this stage cannot "
+        "with trainable.perceiver false; set it to true, or data.tiles.tags to none"
+    )
+
+
+def test_learned_tags_of_tiles_stay_where_the_perceiver_is_no_longer_trained():
+    frozen = load(f"data.tiles={tiles()}", "stages.1.trainable.perceiver=false").runs[1]
+    assert frozen.data.tiles.max == 4
 
 
 NOTHING = "trainable={perceiver: false, cross_attention: false, new_tokens: false}"
