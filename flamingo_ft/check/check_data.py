@@ -15,12 +15,19 @@ from pathlib import Path
 from flamingo_ft import atomic
 from flamingo_ft.config import Recipe
 from flamingo_ft.data import OpenedData, open_data
-from flamingo_ft.data.opened_data import check_method, samples_per_epoch, steps_per_epoch, with_max_steps
+from flamingo_ft.data.opened_data import (
+    check_method,
+    limit_of_questions,
+    samples_per_epoch,
+    steps_per_epoch,
+    with_max_steps,
+)
 from flamingo_ft.data.render import apply_template
 from flamingo_ft.data.sample_order import WeightedSource
 from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.probe import run_probe
 from flamingo_ft.evaluation.probe_verdict import tower_lines
+from flamingo_ft.model import FlamingoProcessor
 from flamingo_ft.model.build import backbone_files, eos_token_ids, set_media_options, tagged_tiles, text_limit
 from flamingo_ft.progress import progress_bars
 
@@ -61,22 +68,38 @@ def check_data(
         apply_template(processor, recipe.data)
         set_media_options(processor, recipe.data)
         limit = text_limit(files.language, recipe.data.max_text_tokens)
-        inspector = TextInspector(processor, recipe.data, limit, recipe.train.method)
+        trained, held_out = _text_inspectors(processor, recipe, limit)
         data = open_data(recipe.data, recipe.train.seed)
         sources = [*data.train, *data.eval]
+        inspectors = [trained] * len(data.train) + [held_out] * len(data.eval)
         if recipe.train.method != "sft":
             check_method(data.train, recipe.train.method)
-        builder = ReportBuilder(data, recipe.eval, limit, ProblemLog(new / PROBLEMS_FILE))
-        _inspect_all(sources, inspector, builder, recipe.train.num_workers)
+        builder = ReportBuilder(data, recipe.eval, trained.limit, ProblemLog(new / PROBLEMS_FILE))
+        _inspect_all(sources, inspectors, builder, recipe.train.num_workers)
         text_form = dialogue_format(processor, eos_token_ids(recipe.model))
         report = builder.build(name, _training_lengths(recipe, data, stages or {}), text_form)
         if probe and report.objection is None:
             probed = [*stages.values()][-1] if stages else recipe
             report = _with_probe(report, probed, open_data(probed.data, probed.train.seed), new)
         (new / RECORD_FILE).write_text(json.dumps(report.record(), indent=2) + "\n", encoding="utf-8")
-        previews = [preview_samples(index, source, inspector) for index, source in enumerate(sources)]
+        previews = [
+            preview_samples(index, source, inspector)
+            for index, (source, inspector) in enumerate(zip(sources, inspectors, strict=True))
+        ]
         write_page(new, report, builder.problems, previews, save_histograms(report, new))
     return report
+
+
+def _text_inspectors(
+    processor: FlamingoProcessor, recipe: Recipe, limit: int
+) -> tuple[TextInspector, TextInspector]:
+    """Return the inspectors of training and of held-out rows; with grpo, the latter are encoded as in sft."""
+    method = recipe.train.method
+    if method != "grpo":
+        both = TextInspector(processor, recipe.data, limit, method)
+        return both, both
+    questions = TextInspector(processor, recipe.data, limit_of_questions(recipe, limit), method)
+    return questions, TextInspector(processor, recipe.data, limit)
 
 
 def _with_probe(report: CheckReport, recipe: Recipe, data: OpenedData, folder: Path) -> CheckReport:
@@ -106,11 +129,14 @@ def _training_length(recipe: Recipe, data: OpenedData) -> TrainingLength:
 
 
 def _inspect_all(
-    sources: Sequence[WeightedSource], text_inspector: TextInspector, builder: ReportBuilder, workers: int
+    sources: Sequence[WeightedSource],
+    text_inspectors: Sequence[TextInspector],
+    builder: ReportBuilder,
+    workers: int,
 ) -> None:
     """Inspect every row of every source, with a progress bar on stderr."""
     row_sources = [weighted.source for weighted in sources]
-    inspector = RowInspector(row_sources, text_inspector)
+    inspector = RowInspector(row_sources, text_inspectors)
     indexed = all(source.indexed for source in row_sources)
     total = sum(weighted.size for weighted in sources) if indexed else None
     with progress_bars(stderr=True) as progress:

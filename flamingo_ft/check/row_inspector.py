@@ -97,11 +97,14 @@ class RowResult:
 
 
 class RowInspector(Dataset):
-    """Map a `Row` to its `RowResult`, with all problems of the row and not just the first."""
+    """Map a `Row` to its `RowResult`, with all problems of the row and not just the first.
 
-    def __init__(self, sources: Sequence[Source], text_inspector: TextInspector):
-        self.sources, self.text_inspector = sources, text_inspector
-        images = text_inspector.processor.image_processor
+    text_inspectors: one for each source.
+    """
+
+    def __init__(self, sources: Sequence[Source], text_inspectors: Sequence[TextInspector]):
+        self.sources, self.text_inspectors = sources, text_inspectors
+        images = text_inspectors[0].processor.image_processor
         self.decoder, self.write_boxes = MediaDecoder(images), BoxWriter(images)
 
     def __getitem__(self, index: Row) -> RowResult:
@@ -127,7 +130,7 @@ class RowInspector(Dataset):
         except UserError as error:
             problems.append(_row_problem(sample.where, raw.row, str(error)))
             sample = with_widest_boxes(sample)
-        text = self.text_inspector(sample)
+        text = self.text_inspectors[source](sample)
         if text.problem is not None:
             problems.insert(0, _row_problem(sample.where, raw.row, text.problem))
         if problems or text.encoded is None:

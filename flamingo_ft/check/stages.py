@@ -53,14 +53,16 @@ def check_recipe(
 
 
 def stage_groups(recipe: Recipe) -> list[StageGroup]:
-    """Return the stages in groups with the same method and the same settings of ``data`` but its sources.
+    """Return the stages in groups with the same method, limits and settings of ``data`` but its sources.
 
     The group of the last stage comes last.
     """
     groups: dict[Any, StageGroup] = {}
     for number, (stage, run) in enumerate(zip(recipe.stages, recipe.runs, strict=True)):
         settings = run.data.model_dump(mode="json", exclude={"train", "eval"})
-        key = repr((run.train.method, settings, run.train.seed if run.data.eval_fraction else None))
+        answers = run.train.grpo.max_completion_tokens if run.train.method == "grpo" else None
+        seed = run.train.seed if run.data.eval_fraction else None
+        key = repr((run.train.method, answers, settings, seed))
         group = groups.pop(key, StageGroup(number, {}))
         group.runs[stage.name] = run
         groups[key] = group

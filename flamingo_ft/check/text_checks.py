@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass, field
 
 from flamingo_ft.adapters.answering import stop_token_ids
 from flamingo_ft.config import DataSection
-from flamingo_ft.data.encode import Dropped, Encoded, TooLong, encode_within
+from flamingo_ft.data.encode import IGNORED, Dropped, Encoded, TooLong, encode_within
 from flamingo_ft.data.pairs import EncodedPair, encode_pair
+from flamingo_ft.data.prompts import encode_question
 from flamingo_ft.data.render import render_dialogue, render_prompt
 from flamingo_ft.data.sample import Sample, text_message
 from flamingo_ft.data.unpaired import encode_unpaired
@@ -49,7 +50,7 @@ def texts_of(encoded: Encoded | EncodedPair) -> tuple[Encoded, ...]:
 
 
 class TextInspector:
-    """Encode samples as the recipe does. method: its ``train.method``."""
+    """Encode samples as training with ``method`` does, into at most ``limit`` text tokens."""
 
     def __init__(self, processor: FlamingoProcessor, data: DataSection, limit: int, method: str = "sft"):
         self.processor, self.policy, self.limit, self.method = processor, data.too_long, limit, method
@@ -77,7 +78,9 @@ class TextInspector:
 
     def _encode(self, sample: Sample, limit: int, policy: TooLong) -> Encoded | EncodedPair | Dropped:
         encode = encode_within
-        if self.method in ("dpo", "kto") and sample.rejected:
+        if self.method == "grpo":
+            encode = _encode_question
+        elif self.method in ("dpo", "kto") and sample.rejected:
             encode = encode_pair
         elif self.method == "kto" and sample.label is not None:
             encode = encode_unpaired
@@ -99,6 +102,16 @@ class TextInspector:
             else:
                 losses[policy] = {"samples": 0, **asdict(outcome.cut)}
         return losses
+
+
+def _encode_question(
+    processor: FlamingoProcessor, sample: Sample, limit: int, policy: TooLong
+) -> Encoded | Dropped:
+    """Encode a question of grpo. It has no labels: the answers that are trained on are sampled."""
+    question = encode_question(processor, sample, limit, policy)
+    if isinstance(question, Dropped):
+        return question
+    return Encoded(question.input_ids, [IGNORED] * question.text_tokens, question.images)
 
 
 # --- the chat template ---

@@ -20,8 +20,8 @@ from flamingo_ft.config.stage_errors import location_text, misplaced_keys
 from flamingo_ft.config.stages import (
     ALTERNATIVES,
     STAGES,
+    clear_stage_values,
     merge_stages,
-    reach_stages,
     stage_differences,
 )
 from flamingo_ft.config.validation_errors import validation_errors
@@ -221,7 +221,7 @@ def apply_overrides(values: Any, overrides: Sequence[Override]) -> Any:
     values = copy.deepcopy(values)
     for override in overrides:
         _apply(values, override)
-        reach_stages(values, override.location, is_set=override.value is not None)
+        clear_stage_values(values, override.location, is_set=override.value is not None)
     _remove_replaced(values, overrides)
     return values
 

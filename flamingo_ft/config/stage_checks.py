@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
+from flamingo_ft.config.data_section import TilesSection
 from flamingo_ft.config.model_section import LoraSection, ModelSection
 from flamingo_ft.config.stages import FOLDER_NAME, STAGES, StageSection
-from flamingo_ft.config.tables import BRIDGE_PARTS
+from flamingo_ft.config.tables import BRIDGE_PARTS, PERCEIVER
 from flamingo_ft.config.yaml_document import Location
 
 Errors = Iterator[tuple[Location, str]]
@@ -17,6 +19,7 @@ def check_stages(model: ModelSection, stages: Sequence[StageSection]) -> Errors:
     yield from _check_names(stages)
     yield from _check_lora(stages)
     yield from _check_bridge_quantization(model, stages)
+    yield from _check_tiles(stages)
     yield from _check_eval_fraction(stages)
 
 
@@ -68,13 +71,58 @@ def _check_bridge_quantization(model: ModelSection, stages: Sequence[StageSectio
             )
 
 
+def _check_tiles(stages: Sequence[StageSection]) -> Errors:
+    """Check that each stage has the tiles of the one before it, if that has any."""
+    for index, (earlier, stage) in enumerate(pairwise(stages), start=1):
+        before, now, location = earlier.data.tiles, stage.data.tiles, (STAGES, index, "data", "tiles")
+        if not _can_follow(before, now):
+            yield (
+                location,
+                f"got {_tiles_text(now)}, but stages.{index - 1} ({earlier.name}), whose bridge is trained "
+                f"further, has {_tiles_text(before)}; use the same in both",
+            )
+            continue
+        adds_places = _tags(now) == "learned" and _tags(before) != "learned"
+        if adds_places and not getattr(stage.trainable, PERCEIVER.name):
+            yield (
+                location,
+                f"stages.{index - 1} ({earlier.name}) learns no places of tiles, and this stage cannot with "
+                "trainable.perceiver false; set it to true, or data.tiles.tags to none",
+            )
+
+
+def _can_follow(before: TilesSection | None, now: TilesSection | None) -> bool:
+    """Return whether a bridge that was trained with the tiles ``before`` can be trained with those of now.
+
+    Learned tags can be added, because their embeddings start at zero.
+    """
+    if before is None:
+        return _tags(now) != "text"
+    return now == before or (before.tags == "none" and now == before.model_copy(update={"tags": "learned"}))
+
+
+def _tags(tiles: TilesSection | None) -> str:
+    return "none" if tiles is None else tiles.tags
+
+
+def _tiles_text(tiles: TilesSection | None) -> str:
+    """Return tiles as a recipe has them: `{max: 4, size: auto, thumbnail: true, tags: learned}`."""
+    if tiles is None:
+        return "null"
+    values = {**tiles.model_dump(), "size": tiles.size or "auto", "thumbnail": str(tiles.thumbnail).lower()}
+    return "{" + ", ".join(f"{key}: {value}" for key, value in values.items()) + "}"
+
+
 def _check_eval_fraction(stages: Sequence[StageSection]) -> Errors:
-    """Check that all stages hold out the same rows: a later one would train on those of an earlier one."""
+    """Check that all stages hold out the same rows if any holds out a fraction: another may train on them."""
     splits = [(stage.data.eval_fraction, stage.data.train, stage.train.seed) for stage in stages]
+    if not any(fraction for fraction, _, _ in splits):
+        return
     for index, split in enumerate(splits):
-        if split[0] and split != splits[0]:
+        if split != splits[0]:
             yield (
                 (STAGES, index, "data", "eval_fraction"),
-                f"holds out other rows than stages.0 ({stages[0].name}), which would be trained on there; "
-                "name held-out rows with data.eval, or use the same data.train, fraction and seed",
+                f"holds out different rows from stages.0 ({stages[0].name}), so one of the two may train on "
+                "rows that the other holds out; name held-out rows with data.eval in all stages, or use the "
+                "same data.train, fraction and seed",
             )

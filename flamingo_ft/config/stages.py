@@ -51,7 +51,7 @@ class StageSection(Section):
     on, the defaults are those for a trained bridge, as with model.init_from."""
     eval: EvalSection
     """Values of eval that differ in this stage. From the second stage on, eval.before is false by default:
-    the answers after the stage before it are those."""
+    the model before this stage is that after the previous one, which was evaluated then."""
 
 
 def _refuse_empty(stages: Any) -> Any:
@@ -182,11 +182,10 @@ def _differences(common: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str,
 # --- overrides of the command line ---
 
 
-def reach_stages(values: Any, location: Location, is_set: bool) -> None:
-    """Remove, in place, what stages give at the ``location`` of an override of a common value.
+def clear_stage_values(values: Any, location: Location, is_set: bool) -> None:
+    """Remove, in place, the stages' own values at ``location``, so that a common value holds in every stage.
 
-    So the override reaches every stage. is_set: whether its value is not null, so that it also replaces the
-    same quantity in another unit.
+    is_set: whether the common value is not null, so that it also replaces the same quantity in another unit.
     """
     if not location or location[0] not in STAGE_SECTIONS:
         return

@@ -150,11 +150,9 @@ class PictureLoader(PixelLoader):
     """Loads a sample's images as Pillow images, augmented at random if ``augmentation`` is set."""
 
     def __call__(self, sample: Sample, kept: int, number: int) -> list[Any]:
-        """Load the first ``kept`` images. Raises UserError, naming file and row, for a video."""
+        """Load the first ``kept`` images."""
         pictures = []
         for index, medium in enumerate(sample.images[:kept]):
-            if isinstance(medium, Video):
-                raise UserError(f"{sample.where}: got a video; grpo takes images only")
             pictures += self._augmented(sample, number, index, open_medium(medium, sample.where))
         return pictures
 

@@ -151,16 +151,19 @@ def encoder(
 ) -> Callable[[Sample], Any]:
     """Return the function from a sample to what ``method`` encodes it to, at most ``limit`` tokens per text.
 
-    method: by default the recipe's. The limit of grpo also has room for the sampled answer. Raises UserError
-    if no room is left for the question.
+    method: by default the recipe's. Raises UserError as `limit_of_questions` does.
     """
     method = method or recipe.train.method
     if method == "grpo":
-        limit = _limit_of_questions(recipe, limit)
+        limit = limit_of_questions(recipe, limit)
     return partial(ENCODE[method], processor, max_text_tokens=limit, policy=recipe.data.too_long)
 
 
-def _limit_of_questions(recipe: Recipe, limit: int) -> int:
+def limit_of_questions(recipe: Recipe, limit: int) -> int:
+    """Return the most tokens of a question of grpo, so that its sampled answer is within ``limit`` too.
+
+    Raises UserError if no room is left for a question.
+    """
     completion = recipe.train.grpo.max_completion_tokens
     if completion >= limit:
         raise UserError(

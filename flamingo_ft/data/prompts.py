@@ -13,7 +13,7 @@ from .encode import Cut, Dropped, TooLong, encode_prompt
 from .examples import Example
 from .pairs import answer_start
 from .render import is_document
-from .sample import Sample, message_text
+from .sample import Sample, Video, message_text
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ def encode_question(
     """Return the prompt of a sample's last answer, of at most ``max_text_tokens`` tokens.
 
     Every policy but "error" drops a longer one: without its end, a prompt asks another question. Raises
-    UserError, naming file and row, for a longer prompt, a document, and a sample without a reference answer.
+    UserError, naming file and row, for a longer prompt, a document, a video, and a sample without a reference
+    answer.
     """
     start = answer_start(sample.messages)
     prompt = [{"role": m["role"], "content": m["content"]} for m in sample.messages[:start]]
@@ -54,11 +55,13 @@ def encode_question(
             raise UserError("got a caption or document; grpo needs a question and its answer")
         if not answer:
             raise UserError("no reference answer; add the answer that sampled ones are compared with")
+        images = sum(is_image(block) for message in prompt for block in message["content"])
+        if any(isinstance(medium, Video) for medium in sample.images[:images]):
+            raise UserError("got a video; grpo takes images only")
         ids = encode_prompt(processor, prompt)
     except UserError as error:
         raise UserError(f"{sample.where}: {error}") from None
     if len(ids) <= max_text_tokens:
-        images = sum(is_image(block) for message in prompt for block in message["content"])
         return EncodedPrompt(prompt, (answer, *sample.other_answers), ids, images)
     reason = f"got {len(ids)} text tokens before the answer, the limit is {max_text_tokens}"
     if policy == "error":

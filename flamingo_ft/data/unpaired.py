@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +22,8 @@ from .pairs import answer_start, check_answer, prompt_and_answers
 from .sample import Sample
 from .sample_order import WeightedSource
 
-MAX_LABELS_READ = 50_000  # rows of each source, to find a good and a bad answer
+MAX_LABELS_READ = 50_000  # rows of a streamed source, to find a good and a bad answer
+SPREAD_ROWS = 1_000  # rows of an indexed source read first, evenly spaced
 
 
 @dataclass(frozen=True)
@@ -117,39 +119,48 @@ def unpaired_sources(sources: Sequence[WeightedSource]) -> list[WeightedSource]:
 
 
 def check_both_labels(sources: Sequence[WeightedSource]) -> None:
-    """Raise UserError if the first `MAX_LABELS_READ` rows of every source have the same label.
+    """Raise UserError if all rows, of a streamed source the first `MAX_LABELS_READ`, have the same label.
 
-    Such a run would raise or lower every probability, whatever the answer says. Stops at the first good and
-    bad answer; unusable rows are skipped here.
+    Such a run would raise or lower every probability, whatever the answer says. Reads the sources in turn, a
+    row of each, up to the first good and bad answer; unusable rows are skipped here.
     """
-    labels: set[bool] = set()
-    for label in _labels(sources):
-        labels.add(label)
-        if len(labels) == 2:
+    labels: set[bool | None] = set()
+    for in_turn in itertools.zip_longest(*map(_labels, sources)):
+        labels.update(in_turn)
+        if {True, False} <= labels:
             return
     only = "good answers (label true)" if True in labels else "bad answers (label false)"
     missing = "bad" if True in labels else "good"
     names = ", ".join(dict.fromkeys(weighted.source.name for weighted in sources))
+    is_streamed = not all(weighted.source.indexed for weighted in sources)
+    where = f" (of a stream, the first {MAX_LABELS_READ:,} rows are read)" if is_streamed else ""
     raise UserError(
-        f"{names}: train.method kto compares good answers with bad ones, got only {only}; "
+        f"{names}: train.method kto compares good answers with bad ones, got only {only}{where}; "
         f"add {missing} ones, or set train.method to sft for good ones alone"
     )
 
 
-def _labels(sources: Sequence[WeightedSource]) -> Iterator[bool]:
+def _labels(weighted: WeightedSource) -> Iterator[bool]:
     """Yield the labels of the rows that can be read."""
-    for weighted in sources:
-        if weighted.source.is_preference:
-            yield from (True, False)
+    source = weighted.source
+    if source.is_preference:
+        yield from (True, False)
+        return
+    if source.indexed:
+        numbers = np.arange(len(source)) if weighted.rows is None else weighted.rows
+        rows = ((row, source.raw(row)) for row in _evenly_spaced_first(numbers))
+    else:
+        rows = itertools.islice(enumerate(source.stream()), MAX_LABELS_READ)
+    for row, raw in rows:
+        try:
+            label = source.sample(row, raw).label
+        except UserError:
             continue
-        if weighted.rows is None:
-            rows = enumerate(weighted.source.stream())
-        else:
-            rows = ((row, weighted.source.raw(row)) for row in weighted.rows.tolist())
-        for row, raw in itertools.islice(rows, MAX_LABELS_READ):
-            try:
-                label = weighted.source.sample(row, raw).label
-            except UserError:
-                continue
-            if label is not None:
-                yield label
+        if label is not None:
+            yield label
+
+
+def _evenly_spaced_first(rows: np.ndarray) -> Iterator[int]:
+    """Yield every row once, evenly spaced ones first: a file may be sorted by label."""
+    step = max(1, len(rows) // SPREAD_ROWS)
+    return itertools.chain.from_iterable(rows[start::step].tolist() for start in range(step))

@@ -1,4 +1,7 @@
-"""Build what a recipe trains: the model with its processor, the trainer's arguments, and the trainer."""
+"""Build what a recipe trains: the model with its processor, the trainer's arguments, and the trainer.
+
+Before that, check what needs neither of them.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +35,9 @@ from .checkpoints import CheckpointPolicy
 from .compat import mark_as_sharded
 from .dataloader import make_train_batches
 from .grpo import FlamingoGrpoTrainer, grpo_arguments, reward_functions
+from .monitoring import check_trackers
 from .optimizer import OPTIMIZERS, make_optimizer, peak_rates, warmup_steps
-from .preflight import autocast_dtype, check_loss
+from .preflight import autocast_dtype, check_loss, check_machine, check_precision
 from .trainer import FlamingoDpoTrainer, FlamingoKtoTrainer, FlamingoTrainer, FlamingoTrainerMixin
 
 # The recipe's names -> transformers' names, whose "constant" ignores warmup.
@@ -49,6 +53,15 @@ QUANTIZATION_FLAGS = ("is_loaded_in_4bit", "is_loaded_in_8bit")
 
 # Given the model and its processor, return training batches for a data-driven LoRA initialization.
 InitBatches = Callable[[FlamingoForConditionalGeneration, FlamingoProcessor], Iterable[Mapping[str, Any]]]
+
+
+def check_settings(recipe: Recipe) -> None:
+    """Check machine, precision, trackers and rewards. Raises UserError for what cannot be used here."""
+    check_machine(recipe.train)
+    check_precision(recipe)
+    check_trackers(recipe.train)
+    if recipe.train.method == "grpo":
+        reward_functions(recipe.train.grpo)
 
 
 def build_model(

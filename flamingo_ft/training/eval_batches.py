@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -50,6 +51,8 @@ class EvalRow:
 class EvalBatches:
     """The weighted batches of the held-out samples: each sample once, always in the same order.
 
+    The order is by length; with kto, whose loss pairs neighbours, it is random and follows from the seed.
+
     Process ``rank`` of ``world_size`` (None: this process) gets every ``world_size``-th batch. All processes
     get the same number of batches; the last one may be a repetition with weight 0. With ``features``, the
     vision tower encodes only images that are not cached.
@@ -82,9 +85,13 @@ class EvalBatches:
             )
         if measures_image_loss_gap(recipe):
             rows = _with_others(rows, recipe.train.seed)
-        rows.sort(key=lambda row: row.text.text_tokens)  # little padding; the sort is stable
-        size = recipe.eval.batch_size
-        self._batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+        if method == "kto":
+            # Sorted by length, both answers to a prompt would often be neighbours, which KTO pairs.
+            random.Random(recipe.train.seed).shuffle(rows)
+            self._batches = _without_single_row(_batched(rows, recipe.eval.batch_size))
+        else:
+            rows.sort(key=lambda row: row.text.text_tokens)  # little padding; the sort is stable
+            self._batches = _batched(rows, recipe.eval.batch_size)
         self._read_media = (
             PixelLoader(processor) if features is None else CachedFeatureLoader(processor, features.store)
         )
@@ -120,7 +127,7 @@ class EvalBatches:
 
     @property
     def has_text_only(self) -> bool:
-        """Whether any row, in any process, has no images; never in DPO, whose losses are those of pairs."""
+        """Whether any row, in any process, has no images; never in DPO and KTO, whose losses are relative."""
         return self._has_row_losses and any(row.text.images == 0 for batch in self._batches for row in batch)
 
     @property
@@ -147,6 +154,19 @@ def measures_image_loss_gap(recipe: Recipe) -> bool:
     Not in DPO and KTO: their loss is relative to a reference model that sees the same images.
     """
     return recipe.eval.shuffled_images and recipe.train.method in ("sft", "grpo")
+
+
+def _batched(rows: Sequence[EvalRow], size: int) -> list[list[EvalRow]]:
+    return [[*rows[start : start + size]] for start in range(0, len(rows), size)]
+
+
+def _without_single_row(batches: list[list[EvalRow]]) -> list[list[EvalRow]]:
+    """Return the batches, the last row not alone: KTO pairs it with another one of its batch."""
+    if len(batches) < 2 or len(batches[-1]) > 1 or len(batches[0]) == 1:
+        return batches
+    rows = batches[-2] + batches[-1]
+    half = len(rows) // 2
+    return [*batches[:-2], *([rows[:half], rows[half:]] if half > 1 else [rows])]
 
 
 def _encoded_rows(samples: Sequence[Sample], encode: Callable[[Sample], Any]) -> list[EvalRow]:

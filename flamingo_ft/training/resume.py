@@ -13,7 +13,13 @@ from flamingo_ft.config import RECIPE_FILE, Recipe, load_recipe
 from flamingo_ft.errors import UserError
 from flamingo_ft.hub import fetch_model, hub_name, pinned_name
 
-from .checkpoint_folders import checkpoint_root, latest_valid, quarantine_newer, read_manifest
+from .checkpoint_folders import (
+    checkpoint_root,
+    latest_valid,
+    newest_checkpoint,
+    quarantine_newer,
+    read_manifest,
+)
 from .hub_checkpoints import fetch_newer_checkpoint
 from .output_dir import finished_steps
 
@@ -61,29 +67,56 @@ def find_start_point(recipe: Recipe) -> StartPoint:
     if (output_dir / RECIPE_FILE).is_file():
         earlier = _load_same_run(recipe, output_dir)
         done = finished_steps(output_dir)
-        if done is not None:
-            _refuse_fewer_steps(recipe, done, output_dir)
-            if _max_steps(recipe) <= _max_steps(earlier):
-                note = (
-                    f"{output_dir}: finished after {done} steps, nothing left to do; "
-                    "to extend it, raise train.max_steps or train.epochs"
-                )
-                return StartPoint(finished=True, notes=[note])
+        if done is not None and has_nothing_left(recipe, earlier, done, output_dir):
+            note = (
+                f"{output_dir}: finished after {done} steps, nothing left to do; "
+                "to extend it, raise train.max_steps or train.epochs"
+            )
+            return StartPoint(finished=True, notes=[note])
     checkpoint, notes = _find_checkpoint(recipe, root)
     if checkpoint is not None:
         notes += _length_note(recipe, _load_same_run(recipe, checkpoint))
         _refuse_fewer_steps(recipe, read_manifest(checkpoint)["step"], checkpoint)
     elif done is not None:
-        raise UserError(
-            f"{root}: no checkpoint of the finished run in {output_dir} is left to extend it from; "
-            f"restore step-{done}, or start a new run from its adapter with model.init_from={output_dir}"
-        )
+        raise _not_extendable(output_dir, root, done)
     notes += [f"renamed to {path}" for path in quarantine_newer(root, checkpoint)]
     if checkpoint:
         notes.append(f"resuming from {checkpoint}")
     else:
         notes.append(f"no checkpoint in {root}; starting from step 1")
     return StartPoint(checkpoint, notes=notes)
+
+
+def has_nothing_left(recipe: Recipe, earlier: Recipe, done: int, folder: Path) -> bool:
+    """Return whether ``done`` steps of the ``earlier`` recipe, in ``folder``, are all that the recipe trains.
+
+    Raises UserError if more than `CHANGEABLE_KEYS` differ, and for fewer steps than are done.
+    """
+    _refuse_differences(recipe, earlier, folder)
+    _refuse_fewer_steps(recipe, done, folder)
+    return _max_steps(recipe) <= _max_steps(earlier)
+
+
+def check_resumable(recipe: Recipe) -> None:
+    """Raise UserError, as `find_start_point` does, for a run that cannot be resumed. Changes nothing."""
+    root, output_dir = checkpoint_root(recipe.train), recipe.train.output_dir
+    if not (output_dir / RECIPE_FILE).is_file():
+        checkpoint, _ = latest_valid(root)
+        if checkpoint is not None:
+            _load_same_run(recipe, checkpoint)
+        return
+    earlier, done = _load_same_run(recipe, output_dir), finished_steps(output_dir)
+    if done is None or has_nothing_left(recipe, earlier, done, output_dir):
+        return
+    if newest_checkpoint(root) is None:
+        raise _not_extendable(output_dir, root, done)
+
+
+def _not_extendable(output_dir: Path, root: Path, done: int) -> UserError:
+    return UserError(
+        f"{root}: no checkpoint of the finished run in {output_dir} is left to extend it from; "
+        f"restore step-{done}, or start a new run from its adapter with model.init_from={output_dir}"
+    )
 
 
 def _find_checkpoint(recipe: Recipe, root: Path) -> tuple[Path | None, list[str]]:
@@ -102,11 +135,15 @@ def _find_checkpoint(recipe: Recipe, root: Path) -> tuple[Path | None, list[str]
 def _load_same_run(recipe: Recipe, folder: Path) -> Recipe:
     """Load the recipe of the run in ``folder``. Raises UserError unless only `CHANGEABLE_KEYS` differ."""
     earlier = load_recipe(folder / RECIPE_FILE, require=())
+    _refuse_differences(recipe, earlier, folder)
+    return earlier
+
+
+def _refuse_differences(recipe: Recipe, earlier: Recipe, folder: Path) -> None:
     current = _with_earlier_place(_with_earlier_commit(recipe, earlier), earlier)
     differences = list(_differences(_comparable(earlier), _comparable(current)))
     if differences:
         raise UserError("\n".join(f"{folder}: a run of another recipe: {line}" for line in differences))
-    return earlier
 
 
 def _comparable(recipe: Recipe) -> dict[str, Any]:

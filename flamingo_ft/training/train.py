@@ -31,7 +31,7 @@ from flamingo_ft.progress import Bars, progress_bars
 from flamingo_ft.report import LiveReport, final_report
 from flamingo_ft.report.run_folder import LogFile, write_log
 
-from .build import build_model, count_source_rows, first_batches, make_trainer
+from .build import build_model, check_settings, count_source_rows, first_batches, make_trainer
 from .checkpoint_folders import (
     checkpoint_root,
     newest_checkpoint,
@@ -41,14 +41,13 @@ from .checkpoint_folders import (
 from .checkpoints import check_compatible
 from .eval_batches import EvalBatches, measures_image_loss_gap
 from .evaluation import Evaluator, apply_best, evaluation_callbacks
-from .grpo import reward_functions
 from .hub_checkpoints import BackgroundUploads, PushCheckpoints, background_uploads, prepare_repository
 from .image_loss import LogLossesBefore, final_losses, logged_losses
 from .interruptions import StopOnSignal, attach_memory_plan, io_errors_as_user_error, oom_as_user_error
-from .monitoring import ProgressBar, check_trackers, tracker_callbacks
+from .monitoring import ProgressBar, tracker_callbacks
 from .non_finite import SKIPPED, count_skipped_steps
 from .output_dir import archive_metrics, prepare_output_dir
-from .preflight import check_machine, check_precision, evaluation_warnings, memory_notice
+from .preflight import evaluation_warnings, memory_notice
 from .resume import StartPoint, find_start_point, pin_init_from
 from .stage_results import LEFT_OUT_FILE
 from .stages import train_stages
@@ -85,16 +84,24 @@ def train(
     train_run = partial(_train_run, resume=resume, on_data=on_data, log=log)
     if recipe.stages:
         return train_stages(recipe, train_run, resume=resume, notify=log or (lambda line: None))
-    return train_run(recipe)
+    return train_run(recipe, lambda: None)
 
 
 def _train_run(
-    recipe: Recipe, *, resume: bool, on_data: DataCallback | None, log: LogFunction | None
+    recipe: Recipe,
+    on_begin: Callable[[], None],
+    *,
+    resume: bool,
+    on_data: DataCallback | None,
+    log: LogFunction | None,
 ) -> dict[str, Any]:
-    """Train as a recipe without stages says."""
+    """Train as a recipe without stages says.
+
+    on_begin: called in the main process once nothing is left that could refuse the run, before training.
+    """
     try:
         with io_errors_as_user_error(recipe.train):
-            return _train_whole_run(recipe, resume, on_data, log)
+            return _train_whole_run(recipe, on_begin, resume, on_data, log)
     except OutOfMemory as error:
         out_of_memory = error
     # Outside the except block, whose traceback would keep the tensors alive.
@@ -102,15 +109,15 @@ def _train_run(
 
 
 def _train_whole_run(
-    recipe: Recipe, resume: bool, on_data: DataCallback | None, log: LogFunction | None
+    recipe: Recipe,
+    on_begin: Callable[[], None],
+    resume: bool,
+    on_data: DataCallback | None,
+    log: LogFunction | None,
 ) -> dict[str, Any]:
     """Check and prepare everything that needs no model, then run."""
     notify = log or (lambda line: None)
-    check_machine(recipe.train)
-    check_precision(recipe)
-    check_trackers(recipe.train)
-    if recipe.train.method == "grpo":
-        reward_functions(recipe.train.grpo)
+    check_settings(recipe)
     if recipe.train.epochs is not None:
         recipe = _with_counted_steps(recipe, notify)
     start = processes.run_on_main(partial(find_start_point, recipe)) if resume else StartPoint()
@@ -130,7 +137,7 @@ def _train_whole_run(
         with final_report(train_config.output_dir):
             if log and processes.is_main():
                 log(memory_notice(recipe))
-            metrics = _run(recipe, start.checkpoint, stop, uploads, on_data, log)
+            metrics = _run(recipe, start.checkpoint, stop, uploads, on_begin, on_data, log)
         if uploads is not None:
             uploads.push_run(train_config.output_dir)
     return metrics
@@ -162,6 +169,7 @@ def _run(
     checkpoint: Path | None,
     stop: StopOnSignal,
     uploads: BackgroundUploads | None,
+    on_begin: Callable[[], None],
     on_data: DataCallback | None,
     log: LogFunction | None,
 ) -> dict[str, Any]:
@@ -188,6 +196,7 @@ def _run(
         if uploads is not None:
             trainer.add_callback(PushCheckpoints(uploads, checkpoint_root(recipe.train), trainer.meter))
         if processes.is_main():
+            on_begin()
             archive_metrics(output_dir)
             atomic.write_text(output_dir / RECIPE_FILE, dump_recipe(recipe))
         evaluator = Evaluator(model, processor, eval_samples, recipe, progress, metrics_of_answers)
@@ -254,7 +263,7 @@ def _prepare_eval_batches(
     is enough, and none is refused for their sake.
     """
     measures_gap = measures_image_loss_gap(recipe)
-    measures_text = recipe.train.method == "sft" and not all(sample.images for sample in samples)
+    measures_text = recipe.train.method in ("sft", "grpo") and not all(sample.images for sample in samples)
     if not (recipe.eval.steps or measures_gap or measures_text):
         return None
     if not recipe.eval.steps:

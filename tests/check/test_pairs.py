@@ -1,14 +1,19 @@
-"""A check of preference pairs and of labelled answers encodes them as training does."""
+"""A check of preference pairs, labelled answers and questions of GRPO encodes them as training does."""
 
 from __future__ import annotations
 
 import re
 
+from PIL import Image
+
+from flamingo_ft.check.check_data import check_data
 from flamingo_ft.check.text_checks import TextInspector
+from flamingo_ft.config import GrpoSection
 from flamingo_ft.data.encode import encode
 from flamingo_ft.data.pairs import encode_pair
+from flamingo_ft.data.prompts import encode_question
 from flamingo_ft.data.sample import Sample
-from tests.check.small_recipes import checked, problem_lines, recipe, write_rows
+from tests.check.small_recipes import asked, checked, problem_lines, recipe, write_rows
 from tests.data.dialogues import assistant, nano_processor, user
 
 SHORT, LONG = "No.", "No, " + "no, " * 40 + "no."
@@ -77,3 +82,27 @@ def test_the_same_answer_with_both_labels_is_no_duplicate(tmp_path):
     rows = [{"prompt": "Sure?", "completion": "Yes.", "label": label} for label in (True, False, True)]
     findings = checked(tmp_path, [write_rows(tmp_path / "x.jsonl", rows)], method="kto")
     assert findings.repeats.copies == 1
+
+
+def test_questions_of_grpo_are_checked_as_training_encodes_them_and_held_out_rows_as_its_loss_does(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    question, caption = asked("Which?", LONG), {"image": "x.png", "caption": "A square."}
+    long = asked("Which" + " one" * 20 + "?", "This.")
+    video = {"question": "What?", "answer": "A square.", "videos": [["x.png", "x.png"]]}
+    train = [write_rows(tmp_path / "questions.jsonl", [question, long])]
+    train += [write_rows(tmp_path / f"{name}.jsonl", [row]) for name, row in (("c", caption), ("v", video))]
+    held_out = [write_rows(tmp_path / "held_out.jsonl", [caption])]
+    config = recipe(tmp_path, train, method="grpo", max_text_tokens=40, eval=held_out)
+    grpo = GrpoSection(max_completion_tokens=20)
+    config = config.model_copy(update={"train": config.train.model_copy(update={"grpo": grpo})})
+    findings = check_data(config, "test", tmp_path / "check")
+    lines = [line.removeprefix(f"{tmp_path}/") for line in problem_lines(tmp_path)]
+    assert re.fullmatch(
+        r"questions.jsonl: row 1: got \d+ text tokens before the answer, the limit is 20; .*", lines[0]
+    )
+    assert lines[1].startswith("c.jsonl: row 0: got a caption or document; grpo needs a question")
+    assert lines[2] == "v.jsonl: row 0: got a video; grpo takes images only" and len(lines) == 3
+    assert [part.samples for part in findings.parts] == [1, 0, 0, 1] and findings.objection
+    sample = Sample([user("Which?"), assistant(LONG)], [], "other", "x")
+    tokens = encode_question(nano_processor(), sample, 500).text_tokens
+    assert (findings.parts[0].text_tokens, findings.parts[0].label_tokens) == (tokens, 0)

@@ -109,8 +109,56 @@ def test_a_stage_overrides_lists_as_a_whole_and_mappings_key_by_key(folder):
     assert [source.path for source in replaced] == [folder / "train.jsonl"]
 
 
+def tiles(largest: int = 4, tags: str = "learned", size: int | str = "auto") -> str:
+    return f"{{max: {largest}, size: {size}, thumbnail: true, tags: {tags}}}"
+
+
+WITHOUT_PERCEIVER = "model.perceiver=null"
+
+
+@pytest.mark.parametrize(
+    ("earlier", "later"),
+    [
+        (tiles(), tiles(6)),
+        (tiles(), "null"),
+        (tiles(), tiles(tags="none")),
+        (tiles(), tiles(tags="text")),
+        (tiles(), tiles(size=64)),
+        (tiles(tags="text"), tiles(6, tags="text")),
+        (tiles(tags="none"), tiles(6)),
+        ("null", tiles(tags="text")),
+    ],
+)
+def test_tiles_other_than_those_of_the_stage_before_are_refused(earlier, later):
+    overrides = (f"stages.0.data.tiles={earlier}", f"stages.1.data.tiles={later}", WITHOUT_PERCEIVER)
+    assert refusal(*overrides).endswith(
+        f": stages.1 (lora): data.tiles: got {later}, but stages.0 (bridge), whose bridge is trained "
+        f"further, has {earlier}; use the same in both"
+    )
+
+
+@pytest.mark.parametrize("earlier", ["null", tiles(tags="none")])
+def test_learned_tags_of_tiles_can_be_added_where_the_perceiver_is_trained(earlier):
+    added = (f"stages.0.data.tiles={earlier}", f"stages.1.data.tiles={tiles()}")
+    assert load(*added).runs[1].data.tiles.tags == "learned"
+    assert refusal(*added, "stages.1.trainable.perceiver=false").endswith(
+        ": stages.1 (lora): data.tiles: stages.0 (bridge) learns no places of tiles, and this stage cannot "
+        "with trainable.perceiver false; set it to true, or data.tiles.tags to none"
+    )
+
+
+def test_learned_tags_of_tiles_stay_where_the_perceiver_is_no_longer_trained():
+    frozen = load(f"data.tiles={tiles()}", "stages.1.trainable.perceiver=false").runs[1]
+    assert frozen.data.tiles.max == 4
+
+
 NOTHING = "trainable={perceiver: false, cross_attention: false, new_tokens: false}"
 COMMON = "set model once for the whole recipe"
+OTHER_ROWS = (
+    "stages.1 (lora): data.eval_fraction: holds out different rows from stages.0 (bridge), so one of the two "
+    "may train on rows that the other holds out; name held-out rows with data.eval in all stages, or use the "
+    "same data.train, fraction and seed"
+)
 MISTAKES = {
     ("stages=[]", "train.max_steps=1"): "stages: got an empty list; give at least one entry",
     (f"stages.0.{NOTHING}",): (
@@ -153,10 +201,11 @@ MISTAKES = {
         "stages.0 (bridge): lora.init_lora_weights: pissa is stored as LoRA of twice the rank, which a later "
         "stage cannot train further; use another initialization, or pissa in the last stage alone"
     ),
-    ("data.eval_fraction=0.5", "stages.1.train.seed=1"): (
-        "stages.1 (lora): data.eval_fraction: holds out other rows than stages.0 (bridge), which would be "
-        "trained on there; name held-out rows with data.eval, or use the same data.train, fraction and seed"
-    ),
+    ("data.eval_fraction=0.5", "stages.1.train.seed=1"): OTHER_ROWS,
+    (
+        "stages.0.data.eval_fraction=0.5",
+        "stages.1.data={eval_fraction: null, eval: [{path: train.jsonl}]}",
+    ): OTHER_ROWS,
     (
         "model.init_from=train.jsonl",
         "model.bridge_quantization=nf4",

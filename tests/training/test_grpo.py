@@ -146,6 +146,15 @@ def test_probabilities_that_are_not_finite_are_reported_in_one_line(questions):
         trainer.train()
 
 
+@pytest.mark.slow
+def test_the_loss_of_held_out_rows_without_images_is_measured_without_swapped_images_too(questions):
+    row = {"messages": [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Yes."}]}
+    Path("text.jsonl").write_text(json.dumps(row))
+    evaluated = ("data.eval=[{path: train.jsonl}, {path: text.jsonl}]", "eval.shuffled_images=false")
+    metrics = train(regimes.recipe(*GRPO, *evaluated, "eval.max_new_tokens=4"))
+    assert metrics["eval"]["loss_by_kind"]["text_only"].keys() >= {"before", "after"}
+
+
 # --- rewards ---
 
 

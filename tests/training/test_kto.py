@@ -1,6 +1,7 @@
 """Kahneman-Tversky optimization (KTO, arXiv:2402.01306) through a recipe."""
 
 import json
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -9,10 +10,13 @@ import torch
 from trl import KTOConfig, KTOTrainer
 
 from flamingo_ft.adapters import trainable_parameters
-from flamingo_ft.data import open_data
+from flamingo_ft.data import Sample, open_data
+from flamingo_ft.data.unpaired import labelled_answers
 from flamingo_ft.errors import UserError
+from flamingo_ft.training.eval_batches import EvalBatches
 from flamingo_ft.training.train import train
 from tests import regimes
+from tests.data.dialogues import assistant, user
 
 from . import methods
 
@@ -114,6 +118,28 @@ def test_evaluation_asks_only_for_answers_labelled_good(labelled):
     assert {"eval_loss", "eval_rewards/margins"} <= set().union(*logged)
     assert metrics["eval"]["per_task"]["other"]["samples"] == 2
     assert "KTO" in Path("run/report.html").read_text()
+
+
+def held_out_batches(processor, model, answers: int, batch_size: int) -> list[list[str]]:
+    """Return "FILE: row N" of the rows of each batch, of pairs whose answers are all equally long."""
+    sample = Sample([user(methods.QUESTION), assistant("A.")], [], "other", "", [assistant("B.")])
+    pairs = [replace(sample, where=str(number)) for number in range(-(-answers // 2))]
+    halves = [half for pair in pairs for half in labelled_answers(pair)][:answers]
+    config = regimes.recipe(*KTO, "eval.steps=1", "data.eval=[{path: pairs.jsonl}]")
+    config = config.model_copy(update={"eval": config.eval.model_copy(update={"batch_size": batch_size})})
+    batches = EvalBatches(halves, model, processor, config)
+    rows, sizes = iter(batches.own_rows), [weight for _, weight in batches]
+    return [[row.sample.where for row in islice(rows, size)] for size in sizes]
+
+
+def test_held_out_answers_are_paired_with_those_to_other_prompts(labelled):
+    model, processor = regimes.build(*KTO)
+    batches = held_out_batches(processor, model, answers=32, batch_size=2)
+    assert sum(one == other for one, other in batches) < 4
+    assert batches == held_out_batches(processor, model, answers=32, batch_size=2)
+    for answers, size, expected in ((5, 2, [2, 3]), (5, 4, [2, 3]), (7, 4, [4, 3]), (3, 1, [1, 1, 1])):
+        sizes = [len(batch) for batch in held_out_batches(processor, model, answers, size)]
+        assert sizes == expected
 
 
 def test_rows_that_are_all_bad_leave_nothing_to_ask(labelled):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from flamingo_ft.plan.planner import plan_memory
 from flamingo_ft.plan.stage_plans import make_stage_plans
 from flamingo_ft.report import write_report
 from flamingo_ft.report.run_folder import RunFolder
+from flamingo_ft.training.checkpoint_folders import MANIFEST, write_manifest
 from flamingo_ft.training.train import train
 from tests import killing, regimes
 
@@ -194,6 +196,117 @@ def test_resuming_a_finished_run_changes_nothing(whole, monkeypatch):
     assert {path: path.stat().st_mtime_ns for path in Path("run").rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize("deleted", [["1-bridge"], ["2-lora"], ["1-bridge", "2-lora"]], ids=" ".join)
+def test_resuming_a_finished_run_whose_stages_are_deleted_changes_nothing(whole, copied, deleted):
+    for name in deleted:
+        shutil.rmtree(copied / "run" / name)
+    before = contents(copied / "run")
+    metrics = train(load_recipe(whole / "recipe.yaml"), resume=True)
+    assert metrics == metrics_of(whole / "run") and contents(copied / "run") == before
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+LATER = "holds no finished stage, although a later stage was made from it; restore that folder"
+FINISHED = "holds no finished stage, although the finished run was made from it; restore that folder"
+
+
+@pytest.mark.parametrize(
+    ("deleted", "override", "message"),
+    [
+        (["metrics.json", "1-bridge"], "train.save_steps=3", rf"stages.0 \(bridge\): run/1-bridge {LATER}"),
+        (["1-bridge"], "stages.1.train.max_steps=9", rf"stages.0 \(bridge\): run/1-bridge {FINISHED}"),
+        (["2-lora"], "stages.1.train.max_steps=9", rf"stages.1 \(lora\): run/2-lora {FINISHED}"),
+        (
+            ["1-bridge"],
+            "stages.0.train.max_steps=9",
+            r"stages.0 \(bridge\): train.max_steps was 3, is 9, but",
+        ),
+        (
+            ["2-lora"],
+            "stages.1.train.max_steps=2",
+            r"stages.1 \(lora\): train.max_steps: got 2 .*run has tra",
+        ),
+        (
+            ["2-lora"],
+            "train.seed=5",
+            r"stages.0 \(bridge\): run/1-bridge: a run of another recipe: train.seed",
+        ),
+        (
+            ["2-lora"],
+            "stages.1.train.batch_size=1",
+            r"stages.1 \(lora\): run: a run of another recipe: train.batch",
+        ),
+        (
+            ["metrics.json", "2-lora/metrics.json"],
+            "stages.1.train.batch_size=1",
+            r"stages.1 \(lora\): run/2-lora: a run of another recipe: train.batch_size was 2, is 1",
+        ),
+        (
+            ["2-lora/checkpoints"],
+            "stages.1.train.max_steps=9",
+            r"stages.1 \(lora\): run/2-lora/checkpoints: no checkpoint of the finished run",
+        ),
+        (
+            [],
+            "stages.1.name=other",
+            "run: a finished run of the stages bridge, lora, got bridge, other; only",
+        ),
+    ],
+)
+def test_what_cannot_be_resumed_is_refused_and_leaves_everything_as_it_was(
+    whole, copied, deleted, override, message
+):
+    for name in deleted:
+        path = copied / "run" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    before = contents(copied / "run")
+    with pytest.raises(UserError, match=f"^{message}"):
+        train(load_recipe(whole / "recipe.yaml", [override]), resume=True)
+    assert contents(copied / "run") == before
+
+
+def test_a_run_is_kept_until_what_extends_it_trains(whole, copied):
+    """The rows of the last stage have changed, which its own check finds."""
+    overrides = ["stages.1.train.max_steps=9", "stages.1.train.save_steps=3"]
+    checkpoint = copied / "run" / "2-lora" / "checkpoints" / "step-4" / "checkpoint.json"
+    before = {name: (copied / "run" / name).read_bytes() for name in ("metrics.json", "resolved_recipe.yaml")}
+    record = json.loads(checkpoint.read_text())
+    record["sources"] = {name: 7 for name in record["sources"]}
+    write_manifest_of(checkpoint.parent, record)
+    with pytest.raises(UserError, match=r"^stages.1 \(lora\): .*had 7 rows when this checkpoint was written"):
+        train(load_recipe(whole / "recipe.yaml", overrides), resume=True)
+    assert before == {name: (copied / "run" / name).read_bytes() for name in before}
+
+
+def write_manifest_of(folder: Path, record: dict) -> None:
+    (folder / MANIFEST).unlink()
+    write_manifest(folder, {key: record[key] for key in ("step", "processes", "seconds", "ended", "sources")})
+
+
+def test_stages_do_not_replace_a_run_without_them(copied):
+    shutil.move(copied / "run" / "1-bridge", "plain")
+    with pytest.raises(
+        UserError, match="^plain: holds a run without stages; choose another train.output_dir"
+    ):
+        train(load_recipe("./recipe.yaml", ["train.output_dir=plain"]), resume=True)
+
+
+@pytest.mark.slow
+def test_a_run_resumes_from_its_checkpoints_alone(tmp_path, monkeypatch):
+    write_recipe(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe("./recipe.yaml", ["train.checkpoint_dir=kept"])
+    train(recipe)
+    expected = Path("run", WEIGHTS).read_bytes()
+    shutil.rmtree("run")
+    shutil.rmtree("kept/2-lora/step-4")
+    train(recipe, resume=True)
+    assert Path("run", WEIGHTS).read_bytes() == expected
+
+
 @pytest.mark.slow
 def test_the_last_stage_can_be_extended_and_another_one_added(whole, copied):
     """The data are where they were; the run has been moved."""
@@ -247,15 +360,31 @@ def test_a_run_killed_between_two_stages_or_in_the_second_resumes_bit_for_bit(
     assert metrics_of(tmp_path / "run")["eval"] == metrics_of(whole / "run")["eval"]
 
 
-def test_mistakes_in_a_later_stage_are_found_before_the_first_trains(copied):
-    with pytest.raises(UserError, match=r"^stages.1 \(lora\): "):
-        train(
-            load_recipe("./recipe.yaml", ["train.output_dir=new", "stages.1.train.method=dpo", *NO_DROPOUT])
-        )
+GRPO = "{method: grpo, max_steps: 1, grpo: {num_generations: 2, reward: ['mine.py:fn']}}"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.1.train.method=dpo", "preference pairs"),
+        (f"stages.1.train={GRPO}", "mine.py:fn: .*division by zero"),
+        ("stages.1.eval.metrics=['mine.py:fn']", "mine.py:fn: .*division by zero"),
+        ("stages.1.train.report_to=[trackio]", "train.report_to: trackio is not installed"),
+        ("stages.1.data.eval=[{path: broken.jsonl}]", "broken.jsonl: row 0: .*broken.png"),
+    ],
+)
+def test_mistakes_in_a_later_stage_are_found_before_the_first_trains(copied, monkeypatch, override, message):
+    Path("mine.py").write_text("def fn(prediction, references):\n    return 1 / 0\n")
+    Path("broken.png").write_text("no image")
+    row = {"question": "Which shade?", "answer": "Dark.", "image": "broken.png"}
+    Path("broken.jsonl").write_text(json.dumps(row))
+    monkeypatch.setattr(
+        "flamingo_ft.training.monitoring.find_spec",
+        lambda name: None if name == "trackio" else find_spec(name),
+    )
+    with pytest.raises(UserError, match=rf"^stages.1 \(lora\): .*{message}"):
+        train(load_recipe("./recipe.yaml", ["train.output_dir=new", "lora.lora_dropout=0", override]))
     assert not Path("new").exists()
-
-
-NO_DROPOUT = ["lora.lora_dropout=0"]
 
 
 # --- plan and check ---
