@@ -12,7 +12,7 @@ from .lora import add_lora
 from .merge import write_merged
 from .multi_adapter import Adapters
 from .save import save_adapter
-from .start_tiles import check_start_tiles
+from .tile_checks import check_start_tiles
 from .trainable import prepare_training, set_trainable
 
 FlamingoForConditionalGeneration.set_adapter_loader(load_from_folders)

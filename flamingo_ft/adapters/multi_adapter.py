@@ -36,6 +36,7 @@ from .init_from import GEOMETRY
 from .load import check_backbone, check_tensors, load_base, load_lora_weights, set_bridge_parameters
 from .lora import unfuse_targeted_attention
 from .save import adapter_tensors, save_adapter
+from .tile_checks import tiling_of
 
 # LoRA settings that must be equal for adapters to be combined.
 COMBINABLE = ("r", "rank_pattern", "target_modules", "use_dora")
@@ -85,7 +86,7 @@ class Adapters:
         """
         self._check_new(name)
         folder = fetch_model(folder)
-        check_same_base(folder, self._base, read_config(folder))
+        self._check_same_base(folder)
         lora = read_lora_config(folder)
         if lora is not None:
             self._inject(name, lora)
@@ -100,7 +101,7 @@ class Adapters:
         """
         folder = fetch_model(folder)
         self._check_known(name)
-        check_same_base(folder, self._base, read_config(folder))
+        self._check_same_base(folder)
         lora = read_lora_config(folder)
         loaded = self._lora_config(name) if self._has_lora(name) else None
         differing = [key for key in REPLACEABLE if getattr(lora, key, None) != getattr(loaded, key, None)]
@@ -232,6 +233,11 @@ class Adapters:
     def _check_known(self, name: str) -> None:
         if name not in self._folders:
             raise UserError(f"no adapter named {name}; loaded are {', '.join(self._folders)}")
+
+    def _check_same_base(self, folder: Path) -> None:
+        check_same_base(folder, self._base, read_config(folder))
+        if tiling_of(folder) != self.processor.image_processor.tiling:
+            raise UserError(f"{folder}: the adapter divides images into other tiles; load it separately")
 
 
 def check_same_base(folder: Path, base: FlamingoConfig, config: FlamingoConfig) -> None:

@@ -25,7 +25,7 @@ from .init_from import lora_to_start_from
 from .load import load_lora_weights, quantize_frozen_bridge
 from .lora import add_lora
 from .lora_init import Batches
-from .start_tiles import check_places_are_learned
+from .tile_checks import check_places_are_learned
 
 DTYPES = {"auto": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16}
 # LoRA settings that must be equal for weights to carry over from another adapter.

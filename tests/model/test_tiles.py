@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from flamingo_ft.adapters import load_adapter, save_adapter
+from flamingo_ft.adapters import Adapters, load_adapter, save_adapter
 from flamingo_ft.backbones.tower import to_picture
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration
@@ -298,6 +298,10 @@ def test_an_adapter_and_a_saved_model_keep_their_tiles(tiled, tmp_path):
     model, processor = load_adapter(tmp_path / "adapter")
     assert processor.image_processor.tiling == Tiling(4)
     assert torch.equal(logits(model, processor), expected)
+    processor.image_processor.tiles = Tiling(4, tile_pixels=16).to_dict()
+    save_adapter(model, processor, tmp_path / "smaller")
+    with pytest.raises(UserError, match="smaller: the adapter divides images into other tiles"):
+        Adapters(tmp_path / "adapter").load(tmp_path / "smaller", "second")
     tiled[0].save_pretrained(tmp_path / "model")
     saved = FlamingoForConditionalGeneration.from_pretrained(tmp_path / "model")
-    assert torch.equal(logits(saved.eval(), processor), expected)
+    assert torch.equal(logits(saved.eval(), tiled[1]), expected)

@@ -1,4 +1,4 @@
-"""Check that a run divides images into tiles as the model that it starts from was trained to see them."""
+"""Check that images are divided into tiles as the models that meet were trained to see them."""
 
 from __future__ import annotations
 
@@ -18,15 +18,21 @@ from .files import read_processor
 
 def check_start_tiles(start: str | Path, ours: Tiling | None) -> None:
     """Raise UserError if ``start`` was trained with other tiles than ``ours``; it may be without any."""
-    folder = fetch_model(start)
-    if not (folder / PROCESSOR_NAME).is_file():  # another Flamingo's checkpoint, or a file
-        return
-    trained = read_processor(folder).image_processor.tiling
+    trained = tiling_of(fetch_model(start))
     if trained is not None and trained != ours:
         raise UserError(
             f"model.init_from: {start} was trained with data.tiles {_keys(trained)}, "
             f"the recipe has {'null' if ours is None else _keys(ours)}; give the recipe the same"
         )
+
+
+def tiling_of(folder: Path) -> Tiling | None:
+    """Return how an adapter or a whole model divides images into tiles.
+
+    None if it does not, and for a file or another Flamingo's checkpoint.
+    """
+    has_processor = (folder / PROCESSOR_NAME).is_file()
+    return read_processor(folder).image_processor.tiling if has_processor else None
 
 
 def check_places_are_learned(model: FlamingoForConditionalGeneration) -> None:
