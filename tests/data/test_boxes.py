@@ -186,6 +186,15 @@ def test_a_box_beyond_its_image_is_reported_and_rounding_is_forgiven(picture):
     assert text_of(write(rounded)) == "Where?|[0, 0, 1000, 1000]"
 
 
+@pytest.mark.parametrize("box", [[80, 12, 81, 30], [8, -1, 24, 0]])
+def test_a_box_that_is_only_within_the_tolerance_has_no_area(box, picture):
+    (sample,) = samples(picture.parent, where_is([box]))
+    with pytest.raises(UserError) as error:
+        BoxWriter(processor().image_processor)(sample)
+    assert "boxes[0]: no area inside its image of 80 x 60 pixels, got [" in str(error.value)
+    assert str(error.value).endswith("; correct or remove it") and "resize_mode" not in str(error.value)
+
+
 def test_text_keeps_its_marker_in_a_row_without_the_column(picture):
     row = {"question": "Where?", "answer": "<box>(1,2),(3,4)</box>"}
     (sample,) = samples(picture.parent, row)
