@@ -132,7 +132,7 @@ def _kept_ratio(size: Size, target: Size, resize_mode: str) -> Size:
         return (target[0], longer) if width <= height else (longer, target[0])
     ratios = width / target[0], height / target[1]
     ratio = max(ratios) if resize_mode == "longest" else min(ratios)
-    return round(width / ratio), round(height / ratio)
+    return max(1, round(width / ratio)), max(1, round(height / ratio))
 
 
 def _centred(side: int, target: int) -> int:

@@ -16,7 +16,7 @@ from flamingo_ft.config import AugmentationSection
 from flamingo_ft.data.augment import Augmentation
 from flamingo_ft.model import FlamingoImageProcessor, images
 from flamingo_ft.model.boxes import box_text, parse_boxes
-from flamingo_ft.model.geometry import ImageGeometry
+from flamingo_ft.model.geometry import ImageGeometry, clip
 
 SIZES = (48, [48, 48], [40, 64])
 MODES = ("shortest", "longest", "squash")
@@ -71,6 +71,21 @@ def test_the_transform_moves_a_rectangle_to_where_the_geometry_says(size, tower,
     geometry = images.geometry(ImageGeometry.of(*size))
     if geometry.visible_area(box) > 20 * 20:
         assert_near(bright_part(pixels), geometry.seen(box), 1.1, images.input_size[::-1])
+
+
+@pytest.mark.parametrize("tiles", [None, {"max_tiles": 4}], ids=["", "tiles"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("tower", [48, [40, 64]], ids=str)
+@pytest.mark.parametrize("size", [(1, 1000), (1000, 1)], ids=str)
+def test_a_thin_image_is_seen_with_its_boxes(size, tower, mode, tiles):
+    images = processor(tower, mode, tiles)
+    views = images.views(with_rectangle(*size, (0, 0, *size))).values
+    assert views.shape[2:] == images.input_size
+    assert to_picture(images.open_clip_preprocess, views).max() == 255
+    width, height = size
+    box = 0.4 * width, 0.4 * height, 0.6 * width, 0.6 * height
+    geometry = images.geometry(ImageGeometry.of(*size))
+    assert geometry.original(geometry.seen(box)) == pytest.approx(clip(box, geometry.visible))
 
 
 @settings(max_examples=40, deadline=None)
