@@ -7,6 +7,7 @@ and one more view shows all of it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from PIL import Image
@@ -29,13 +30,9 @@ class Tiling:
     thumbnail: bool = True
 
     @property
-    def grids(self) -> list[Grid]:
+    def grids(self) -> tuple[Grid, ...]:
         """All grids of at most ``max_tiles`` tiles."""
-        return [
-            (rows, columns)
-            for rows in range(1, self.max_tiles + 1)
-            for columns in range(1, self.max_tiles // rows + 1)
-        ]
+        return _grids(self.max_tiles)
 
     def grid(self, width: int, height: int, tower: tuple[int, int]) -> Grid:
         """Return the grid for an image of width x height pixels. tower: height and width of its input.
@@ -79,3 +76,10 @@ class Tiling:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields, as they are stored with a processor."""
         return dict(vars(self))
+
+
+@lru_cache
+def _grids(max_tiles: int) -> tuple[Grid, ...]:
+    return tuple(
+        (rows, columns) for rows in range(1, max_tiles + 1) for columns in range(1, max_tiles // rows + 1)
+    )
