@@ -9,7 +9,7 @@ import hashlib
 import os
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from flamingo_ft.data.sample import Video
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo_ft.model.download import is_url
+from flamingo_ft.model.geometry import Size
 from flamingo_ft.model.images import UnreadableImage, to_rgb
 from flamingo_ft.model.media import encode_distinct
 from flamingo_ft.model.views import Views, stack_media
@@ -40,6 +41,12 @@ class LoadedMedium:
     pixels: Views | None = None
     tokens: Views | None = None
     key: Hashable | None = None
+
+    @property
+    def image_size(self) -> Size | None:
+        """Width and height in pixels of the upright image; None for a video."""
+        views = self.tokens if self.pixels is None else self.pixels
+        return views and views.image_size
 
 
 class MediaInputs:
@@ -119,7 +126,7 @@ class MediaInputs:
             encoded = encode_distinct(self._model.vision_encoder, frames).cpu()
             parts = encoded.split([len(pixels) for pixels in new.values()])
             tokens |= {
-                key: Views(own.clone(), pixels.grid)
+                key: replace(pixels, values=own.clone())
                 for (key, pixels), own in zip(new.items(), parts, strict=True)
             }
         for key, own in tokens.items():

@@ -73,12 +73,12 @@ class FlamingoImageProcessor(BaseImageProcessor):
 
     def views(self, image: Any) -> Views:
         """Turn an image, in a form that `transform` takes, into what the tower gets of it."""
-        if self.tiling is None:
-            return Views(self.transform(image)[None])
         picture = to_rgb(image)
+        if self.tiling is None:
+            return Views(self._transform(picture)[None], image_size=picture.size)
         grid = self.grid_of(picture)
         parts = self.tiling.views(picture, grid, self.input_size, self._resampling)
-        return Views(torch.stack([self._transform(part) for part in parts]), grid)
+        return Views(torch.stack([self._transform(part) for part in parts]), grid, picture.size)
 
     def grid_of(self, picture: Image.Image) -> Grid:
         """Return the grid of tiles that a picture is divided into."""
