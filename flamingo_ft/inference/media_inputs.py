@@ -82,10 +82,6 @@ class MediaInputs:
         """Return `of` without the cache: always pixel_values."""
         return stack_media([[self._pixels(image, p.where) for image in p.images] for p in prompts])
 
-    def first_view(self, image: Any) -> Tensor:
-        """Return the pixels (C, H, W) of an image's first view. Raises UserError as `load` does."""
-        return self._pixels(image, str(image)).values[0]
-
     def load(self, prompt: Prompt) -> list[LoadedMedium]:
         """Read the images of a prompt; those that are read already, or whose tokens are kept, are not again.
 

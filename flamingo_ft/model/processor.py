@@ -80,6 +80,13 @@ class FlamingoImageProcessor(BaseImageProcessor):
         parts = self.tiling.views(picture, grid, self.input_size, self._resampling)
         return Views(torch.stack([self._transform(part) for part in parts]), grid, picture.size)
 
+    def whole_view(self, image: Any) -> Tensor:
+        """Turn an image into pixels (C, H, W) of one view; with tiles, the one that shows all of it."""
+        if self.tiling is None:
+            return self.transform(image)
+        (view,) = self.tiling.views(to_rgb(image), UNTILED, self.input_size, self._resampling)
+        return self._transform(view)
+
     def grid_of(self, picture: Image.Image) -> Grid:
         """Return the grid of tiles that a picture is divided into."""
         return UNTILED if self.tiling is None else self.tiling.grid(*picture.size, self.input_size)
