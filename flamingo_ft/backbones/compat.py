@@ -76,9 +76,9 @@ class ResizeToAPixel(ResizeKeepRatio):
         return cls(resize.size, resize.longest, resize.interpolation)
 
     @staticmethod
-    def get_params(*arguments: Any) -> list[int]:
+    def get_params(*arguments: Any, **named: Any) -> list[int]:
         """Return height and width after the resize."""
-        return [max(1, side) for side in ResizeKeepRatio.get_params(*arguments)]
+        return [max(1, side) for side in ResizeKeepRatio.get_params(*arguments, **named)]
 
 
 def load_visual_state_dict(file: Path, visual: nn.Module) -> dict[str, Tensor]:
