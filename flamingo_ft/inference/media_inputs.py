@@ -46,7 +46,7 @@ class LoadedMedium:
     def image_size(self) -> Size | None:
         """Width and height in pixels of the upright image; None for a video."""
         views = self.tokens if self.pixels is None else self.pixels
-        return views and views.image_size
+        return None if views is None else views.image_size
 
 
 class MediaInputs:
