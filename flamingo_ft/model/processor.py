@@ -23,9 +23,10 @@ from .added_tokens import EOC_TOKEN, MEDIA_TOKEN
 from .chat_template import answer_template
 from .geometry import ImageGeometry, tower_geometry
 from .images import read_image, to_rgb
-from .special_text import protect, tokenize
+from .special_text import protect
 from .tile_tags import tile_tag_ids
 from .tiles import UNTILED, Grid, Tiling
+from .tokenize_texts import tokenize
 from .views import Views, stack_media
 
 # Flamingo's own format (arXiv:2204.14198, figure 7), for language models without a chat template. The space
