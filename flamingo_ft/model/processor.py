@@ -187,7 +187,7 @@ class FlamingoProcessor(ProcessorMixin):
                 f"processor: got images without text; pass a text with one {MEDIA_TOKEN} where each belongs"
             )
         texts = [text] if isinstance(text, str) else list(text)
-        nested = deal_images(images, [t.count(self.image_token) for t in texts])
+        nested = assign_images(images, [t.count(self.image_token) for t in texts])
         return_tensors = kwargs.pop("return_tensors", None)
         arguments = {
             "add_special_tokens": not _are_complete(self.tokenizer, texts),
@@ -287,7 +287,7 @@ def is_image(block: Mapping[str, Any]) -> bool:
     return block["type"] in IMAGE_BLOCKS
 
 
-def deal_images(images: Any, markers: Sequence[int]) -> list[list[Any]]:
+def assign_images(images: Any, markers: Sequence[int]) -> list[list[Any]]:
     """Return the images of each text, passed as nested lists or in the order of the markers.
 
     Raises UserError if the counts differ.
@@ -296,7 +296,7 @@ def deal_images(images: Any, markers: Sequence[int]) -> list[list[Any]]:
     images = images if isinstance(images, (list, tuple)) else [images]
     remedy = f"put one {MEDIA_TOKEN} where each image belongs"
     if not any(isinstance(row, (list, tuple)) for row in images):
-        return _deal_in_order(images, markers, remedy)
+        return _assign_in_order(images, markers, remedy)
     if len(images) != len(markers):
         raise UserError(f"got {len(images)} lists of images for {len(markers)} texts; pass one each")
     for row, (own, count) in enumerate(zip(images, markers, strict=True)):
@@ -307,7 +307,7 @@ def deal_images(images: Any, markers: Sequence[int]) -> list[list[Any]]:
     return [list(row or ()) for row in images]
 
 
-def _deal_in_order(images: Sequence[Any], markers: Sequence[int], remedy: str) -> list[list[Any]]:
+def _assign_in_order(images: Sequence[Any], markers: Sequence[int], remedy: str) -> list[list[Any]]:
     """Assign one list of images to the texts in order, as many to each as it has markers."""
     if len(images) != sum(markers):
         where = "text 0 has" if len(markers) == 1 else f"{len(markers)} texts have"

@@ -160,7 +160,7 @@ BAD = [
     (where_is([BOX], answer=None, answers=["<box>", "there: <box>"]),
      "<box> in one of several reference answers; give the row one answer"),
     (where_is([BOX], image=None, video=["a.png", "a.png"]),
-     "boxes[0]: on a video, got image 0; boxes are on images only"),
+     "boxes[0]: not supported on videos, got image 0; use an image"),
 ]  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from flamingo_ft.cli import main
-from flamingo_ft.data.sample import message_text
+from flamingo_ft.data.sample import Video, message_text
 from flamingo_ft.errors import UserError
 from flamingo_ft.inference import answer as one_answer
 from flamingo_ft.inference import generate
@@ -54,6 +54,11 @@ def picture(tmp_path):
 def test_boxes_in_an_answer_are_pixels_of_the_image(form, predictor, picture):
     assert predictor.boxes_in(ANSWER, form(picture)) == [pytest.approx((30, 4, 40, 40))]
     assert predictor.boxes_in("[1, 2, 3]", picture) == []
+
+
+def test_boxes_on_a_video_are_refused(predictor, picture):
+    with pytest.raises(UserError, match="^boxes: not supported on videos; use an image$"):
+        predictor.boxes_in(ANSWER, Video(frames=(str(picture),)))
 
 
 def test_a_box_in_pixels_becomes_text_for_a_prompt(predictor, picture):
