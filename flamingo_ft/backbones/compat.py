@@ -32,7 +32,8 @@ from open_clip.pretrained import download_pretrained_from_hf
 from open_clip.timm_model import TimmModel
 
 # Build the image transform from a JSON-able configuration; the public API builds it together with a model.
-from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
+# Its first step, for towers whose images keep their shape, is replaced.
+from open_clip.transform import PreprocessCfg, ResizeKeepRatio, image_transform_v2, merge_preprocess_dict
 
 # OpenCLIP's own attention, whose fused projection is a bare parameter and has to become a linear layer.
 from open_clip.transformer import Attention as OpenClipAttention
@@ -48,6 +49,8 @@ __all__ = [
     "ModifiedResNet",
     "OpenClipAttention",
     "PreprocessCfg",
+    "ResizeKeepRatio",
+    "ResizeToAPixel",
     "TimmModel",
     "VisionTransformer",
     "download_pretrained_from_hf",
@@ -62,6 +65,20 @@ __all__ = [
 
 VISUAL_PREFIX = "visual."
 POSITIONAL_EMBEDDING = "visual.positional_embedding"
+
+
+class ResizeToAPixel(ResizeKeepRatio):
+    """OpenCLIP's resize, but no side becomes 0 pixels: its own raises ValueError for very thin images."""
+
+    @classmethod
+    def replacing(cls, resize: ResizeKeepRatio) -> ResizeToAPixel:
+        """Return this resize with the settings of OpenCLIP's."""
+        return cls(resize.size, resize.longest, resize.interpolation)
+
+    @staticmethod
+    def get_params(*arguments: Any, **named: Any) -> list[int]:
+        """Return height and width after the resize."""
+        return [max(1, side) for side in ResizeKeepRatio.get_params(*arguments, **named)]
 
 
 def load_visual_state_dict(file: Path, visual: nn.Module) -> dict[str, Tensor]:

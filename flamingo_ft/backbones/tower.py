@@ -18,6 +18,8 @@ from transformers import BitsAndBytesConfig
 from flamingo_ft.backbones.attention import unfuse_attention
 from flamingo_ft.backbones.compat import (
     PreprocessCfg,
+    ResizeKeepRatio,
+    ResizeToAPixel,
     TimmModel,
     VisionTransformer,
     image_transform_v2,
@@ -91,8 +93,14 @@ def non_persistent_buffers(config: dict) -> dict[str, Tensor]:
 
 
 def image_transform(preprocess: dict) -> Callable[[Image.Image], Tensor]:
-    """Return OpenCLIP's inference transform for a `VisionBackbone.preprocess`: image -> (3, H, W)."""
+    """Return OpenCLIP's inference transform for a `VisionBackbone.preprocess`: image -> (3, H, W).
+
+    A side that it would round to 0 pixels, of a very thin image, is 1 pixel.
+    """
     transform: Any = image_transform_v2(PreprocessCfg(**preprocess), is_train=False)
+    first = transform.transforms[0]
+    if isinstance(first, ResizeKeepRatio):
+        transform.transforms[0] = ResizeToAPixel.replacing(first)
     return transform
 
 

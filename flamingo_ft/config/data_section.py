@@ -84,15 +84,15 @@ class TilesSection(Section):
     """
 
     max: Annotated[int, Field(ge=2)] = 6
-    """Most tiles of one image. Of the grids with at most so many tiles, the one is taken that keeps the most
-    of the image's pixels. Time and memory of the tower grow with it, and without a perceiver those of
-    cross-attention too."""
+    """Most tiles of one image. Of the grids with at most this many tiles, the one that preserves the most of
+    the image's resolution is used. Time and memory of the tower grow with it, and without a perceiver those
+    of cross-attention too."""
     size: PixelsOrAuto = None
     """Side in pixels of the part of an image that one tile shows, at the image's own resolution. null or
     `auto`: the side of the tower's input, so that nothing is scaled until max is reached. A smaller one
     enlarges the image."""
     thumbnail: bool = True
-    """Whether the whole image, scaled down, is a view of its own besides its tiles."""
+    """Also pass the whole image, scaled down, as one more view."""
     tags: Literal["learned", "text", "none"] = "learned"
     """How the model knows the place of a tile. learned: embeddings of its row and its column, and one of the
     whole image, are added to the tokens; they are trained with trainable.perceiver. text: every `<image>` is

@@ -13,7 +13,7 @@ from flamingo_ft.model.download import is_url
 from flamingo_ft.model.geometry import ImageGeometry, Size
 from flamingo_ft.model.processor import FlamingoImageProcessor
 
-from .boxes import seen_text
+from .boxes import view_text
 from .media import PixelLoader, display_name, read_bytes
 from .sample import Box, Image, Medium, Sample, Video, with_box_texts
 
@@ -87,7 +87,7 @@ def _size_of_file(path: str | os.PathLike[str], changed: int, length: int) -> Si
 
 def _text(box: Box, geometry: ImageGeometry | None) -> str:
     assert geometry is not None  # its image has a box
-    return seen_text(box, geometry)
+    return view_text(box, geometry)
 
 
 def _has_boxes(sample: Sample, index: int) -> bool:

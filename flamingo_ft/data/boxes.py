@@ -45,7 +45,7 @@ def kept_in_view(
     return augmentation.without_crop()
 
 
-def seen_text(box: Box, geometry: ImageGeometry) -> str:
+def view_text(box: Box, geometry: ImageGeometry) -> str:
     """Return a box as text for the model.
 
     Raises UserError if it is not on its image, or if nothing of it is seen.
@@ -57,7 +57,7 @@ def seen_text(box: Box, geometry: ImageGeometry) -> str:
             f"{box.where}: outside of what the model sees of an image of {width} x {height} pixels, got "
             f"{list(box.corners)}; set model.vision.resize_mode to squash or longest, or data.tiles"
         )
-    return box_text(geometry.seen(corners))
+    return box_text(geometry.to_view(corners))
 
 
 def placed_boxes(
@@ -67,11 +67,14 @@ def placed_boxes(
 
     The n-th box is on the image of the n-th of ``references``, boxes beyond them on that of the last one, and
     without references on the first image. Boxes on images without a geometry are left out.
+
+    Any ``[x1, y1, x2, y2]`` of whole numbers up to 1000 with x1 < x2 and y1 < y2 is a box, such as
+    "[1, 2, 3, 4]", whether or not the model was trained on boxes.
     """
     placed = []
     for number, box in enumerate(parse_boxes(text)):
         image = references[min(number, len(references) - 1)].image if references else 0
         geometry = geometries[image] if image < len(geometries) else None
         if box is not None and geometry is not None:
-            placed.append(PlacedBox(image, geometry.original(box)))
+            placed.append(PlacedBox(image, geometry.to_original(box)))
     return placed

@@ -9,7 +9,7 @@ from typing import Any
 from flamingo_ft.errors import UserError
 from flamingo_ft.model.added_tokens import MEDIA_TOKEN
 from flamingo_ft.model.boxes import WIDEST
-from flamingo_ft.model.geometry import Corners, ImageGeometry, clip
+from flamingo_ft.model.geometry import Corners, ImageGeometry, area, clip
 
 ROLES = ("system", "user", "assistant")
 DOCUMENT = "document"  # the role of text that the model continues instead of answering; alone in its sample
@@ -46,7 +46,10 @@ class Box:
     where: str = "box"
 
     def pixels(self, width: int, height: int) -> Corners:
-        """Return the corners in pixels of an image of this size. Raises UserError for a box outside of it."""
+        """Return the corners in pixels of an image of this size, clipped to it.
+
+        Raises UserError for a box that extends beyond the image, and for one without area on it.
+        """
         left, top, right, bottom = self.corners
         if self.is_relative:
             return left * width, top * height, right * width, bottom * height
@@ -59,7 +62,13 @@ class Box:
                 f"{self.where}: outside of its image of {width} x {height} pixels, got {list(self.corners)}; "
                 "correct it, or set box_unit"
             )
-        return clip(self.corners, (0, 0, width, height))
+        clipped = clip(self.corners, (0, 0, width, height))
+        if not area(clipped):
+            raise UserError(
+                f"{self.where}: no area inside its image of {width} x {height} pixels, got "
+                f"{list(self.corners)}; correct or remove it"
+            )
+        return clipped
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,7 @@ def _see_the_same(samples: Sequence[Sample], others: Sequence[Sample]) -> bool:
 
 def _view(geometry: ImageGeometry) -> tuple[float, ...]:
     """Return the visible part as fractions of the original, and as fractions of what the model sees."""
-    return *scaled(geometry.visible, geometry.original_size, (1, 1)), *geometry.seen(geometry.visible)
+    return *scaled(geometry.visible, geometry.original_size, (1, 1)), *geometry.to_view(geometry.visible)
 
 
 def _conditions(samples: Sequence[Sample], controls: bool) -> Iterator[tuple[str, Sequence[Sample]]]:

@@ -101,6 +101,7 @@ class Probe:
     Attributes:
         recipe_digest: of the recipe's tower and data, by which a run recognizes its probe.
         tokens, width: of an image; ``media`` distinct images and videos were encoded.
+        tiled: whether large images are tiled, and the tokens of an image averaged over its views.
         left_out: held-out samples of questions that were not probed, by reason.
         tower_seconds, probe_seconds: time for the tokens, and for all classifiers.
     """
@@ -110,6 +111,7 @@ class Probe:
     tokens: int
     width: int
     media: int
+    tiled: bool
     questions: list[ProbeResult]
     left_out: dict[str, int]
     tower_seconds: float
@@ -150,7 +152,7 @@ def load_probe(folder: Path, recipe: Recipe) -> Probe | None:
 def recipe_digest(recipe: Recipe) -> str:
     """Return a digest of what a probe depends on: the tower, the data and the seed of their split."""
     data = recipe.data.model_dump(
-        mode="json", include={"train", "eval", "eval_fraction", "video_frames", "on_bad_sample"}
+        mode="json", include={"train", "eval", "eval_fraction", "video_frames", "tiles", "on_bad_sample"}
     )
     parts = [recipe.model.vision.model_dump(mode="json"), data, recipe.train.seed]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
@@ -177,6 +179,7 @@ def run_probe(recipe: Recipe, data: OpenedData) -> Probe:
         recipe.model.vision.name,
         *tokens.shape,
         len(tokens.mean),
+        recipe.data.tiles is not None,
         results,
         dict(chosen.left_out),
         round(encoded - began, 1),

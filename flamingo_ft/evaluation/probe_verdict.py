@@ -16,7 +16,8 @@ from .results import AFTER, Results
 
 QUESTION_CHARACTERS = 60
 BLIND = "the tower cannot tell these answers apart"
-OTHER_TOWER = "choose another tower or a larger model.vision.image_size"
+OTHER_TOWER = "choose another tower, a larger model.vision.image_size, or data.tiles"
+SEVERAL, TILED = "several images, which a probe cannot compare", "tiled images, whose views a probe averages"
 LEARN_FASTER = "train longer or raise train.learning_rates.gates"
 
 
@@ -29,11 +30,12 @@ def tower_lines(probe: Probe) -> Iterator[str]:
             f"the tower can tell {percent(share)} of the held-out answers "
             f"(majority share {percent(majority)})"
         )
-    if blind := _blind(probe.questions):
+    if blind := _blind(probe, probe.questions):
         yield f"{_blind_text(blind)}: {OTHER_TOWER}"
-    if unclear := [result for result in probe.questions if not result.tells_apart and result not in blind]:
-        names = ", ".join(map(_name, unclear))
-        yield f"no conclusion from questions about several images that a probe cannot compare: {names}"
+    unclear = [result for result in probe.questions if not result.tells_apart and result not in blind]
+    for kind in (SEVERAL, TILED):
+        if names := [_name(result) for result in unclear if (result.images > 1) == (kind == SEVERAL)]:
+            yield f"no conclusion from questions about {kind}: {', '.join(names)}"
 
 
 def compare_with_tower(probe: Probe, questions: Sequence[Question], predictions: Sequence[str]) -> str | None:
@@ -46,7 +48,7 @@ def compare_with_tower(probe: Probe, questions: Sequence[Question], predictions:
         (result, share) for result, share in zip(probe.questions, model, strict=True) if share is not None
     ]
     separable = [(result, share) for result, share in both if result.tells_apart]
-    blind = _blind([result for result, _ in both])
+    blind = _blind(probe, [result for result, _ in both])
     parts = []
     if separable:
         samples = sum(result.eval_samples for result, _ in separable)
@@ -86,11 +88,14 @@ def _model_share(
     return sum(scores) / len(scores) if scores else None
 
 
-def _blind(results: Sequence[ProbeResult]) -> list[ProbeResult]:
+def _blind(probe: Probe, results: Sequence[ProbeResult]) -> list[ProbeResult]:
     """Return the questions about one image that the tower cannot answer.
 
-    Several images may have to be compared, which these classifiers cannot learn in general.
+    Several images may have to be compared, and the answer may be in one of several tiles: these classifiers
+    cannot learn that in general.
     """
+    if probe.tiled:
+        return []
     return [result for result in results if not result.tells_apart and result.images == 1]
 
 

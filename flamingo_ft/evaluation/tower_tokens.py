@@ -27,6 +27,7 @@ from flamingo_ft.data.sample import Medium
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoProcessor
 from flamingo_ft.model.added_tokens import add_media_tokens
+from flamingo_ft.model.build import set_media_options
 from flamingo_ft.progress import progress_bars
 
 IMAGES_AT_ONCE = 32
@@ -34,7 +35,7 @@ IMAGES_AT_ONCE = 32
 
 @dataclass(frozen=True)
 class TowerTokens:
-    """Tokens of images by medium; those of a video are averaged over its frames.
+    """Tokens of images by medium, averaged over the views of a tiled image and over the frames of a video.
 
     mean: (D,), in float32, of the tokens before they are rounded. tokens: (V, D), in bfloat16. Media that
     cannot be read are in neither.
@@ -86,7 +87,7 @@ class _Reader:
         _, tokenizer = language_files(recipe.model.language.name, recipe.model.language.revision)
         add_media_tokens(tokenizer)
         self.processor = FlamingoProcessor.for_backbones(vision.preprocess, tokenizer)
-        self.processor.image_processor.video_frames = recipe.data.video_frames
+        set_media_options(self.processor, recipe.data)
         self.skip_unreadable = recipe.data.on_bad_sample == "skip"
         self.cache: FeatureCache | None = None
         if recipe.data.cache is None:

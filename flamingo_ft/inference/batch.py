@@ -11,7 +11,7 @@ from typing import Any
 from flamingo_ft.data.boxes import placed_boxes
 from flamingo_ft.data.sample import Medium, Video, display_text
 from flamingo_ft.errors import UserError
-from flamingo_ft.model.boxes import parse_boxes
+from flamingo_ft.model.geometry import ImageGeometry
 
 from .answers_file import AnswersFile
 from .media_inputs import LoadedMedium
@@ -120,21 +120,17 @@ def _answered(
     for number, answer in zip(prompts, answers, strict=True):
         records[number]["answer"] = answer
         row, _ = window[number]
-        if boxes := _pixel_boxes(predictor, row, answer):
-            records[number]["boxes"] = boxes
+        geometries = [_geometry(predictor, image) for image in prompts[number].images]
+        if boxes := placed_boxes(answer, geometries, row.boxes):
+            records[number]["boxes"] = [[round(side, 1) for side in placed.box] for placed in boxes]
     return records
 
 
-def _pixel_boxes(predictor: Predictor, row: Row, answer: str) -> list[list[float]]:
-    """Return the boxes of an answer in pixels, each of the image of the reference box at its place."""
-    images = row.prompt.images if row.prompt is not None else ()
-    if not any(parse_boxes(answer)) or not images:
-        return []
-    used = {box.image for box in row.boxes} or {0}
-    geometries = [
-        predictor.geometry_of(image) if index in used else None for index, image in enumerate(images)
-    ]
-    return [[round(side, 1) for side in placed.box] for placed in placed_boxes(answer, geometries, row.boxes)]
+def _geometry(predictor: Predictor, medium: LoadedMedium) -> ImageGeometry | None:
+    """Return how the model sees an image that was read; None for a video, which has no boxes."""
+    if medium.image_size is None:
+        return None
+    return predictor.processor.image_processor.geometry(ImageGeometry.of(*medium.image_size))
 
 
 def _checked(predictor: Predictor, row: Row, loading: Future[list[LoadedMedium]] | None) -> Prompt:

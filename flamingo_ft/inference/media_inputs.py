@@ -9,7 +9,7 @@ import hashlib
 import os
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from flamingo_ft.data.sample import Video
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo_ft.model.download import is_url
+from flamingo_ft.model.geometry import Size
 from flamingo_ft.model.images import UnreadableImage, to_rgb
 from flamingo_ft.model.media import encode_distinct
 from flamingo_ft.model.views import Views, stack_media
@@ -40,6 +41,12 @@ class LoadedMedium:
     pixels: Views | None = None
     tokens: Views | None = None
     key: Hashable | None = None
+
+    @property
+    def image_size(self) -> Size | None:
+        """Width and height in pixels of the upright image; None for a video."""
+        views = self.tokens if self.pixels is None else self.pixels
+        return None if views is None else views.image_size
 
 
 class MediaInputs:
@@ -74,10 +81,6 @@ class MediaInputs:
     def pixels_of(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         """Return `of` without the cache: always pixel_values."""
         return stack_media([[self._pixels(image, p.where) for image in p.images] for p in prompts])
-
-    def first_view(self, image: Any) -> Tensor:
-        """Return the pixels (C, H, W) of an image's first view. Raises UserError as `load` does."""
-        return self._pixels(image, str(image)).values[0]
 
     def load(self, prompt: Prompt) -> list[LoadedMedium]:
         """Read the images of a prompt; those that are read already, or whose tokens are kept, are not again.
@@ -119,7 +122,7 @@ class MediaInputs:
             encoded = encode_distinct(self._model.vision_encoder, frames).cpu()
             parts = encoded.split([len(pixels) for pixels in new.values()])
             tokens |= {
-                key: Views(own.clone(), pixels.grid)
+                key: replace(pixels, values=own.clone())
                 for (key, pixels), own in zip(new.items(), parts, strict=True)
             }
         for key, own in tokens.items():

@@ -29,7 +29,7 @@ from flamingo_ft.adapters.answering import end_token_ids
 from flamingo_ft.backbones.decoder_layers import context_length
 from flamingo_ft.backbones.quantization import Quantization
 from flamingo_ft.data.box_writer import image_size
-from flamingo_ft.data.boxes import placed_boxes, seen_text
+from flamingo_ft.data.boxes import placed_boxes, view_text
 from flamingo_ft.data.collate import pad_ids
 from flamingo_ft.data.encode import encode_answer, encode_prompt
 from flamingo_ft.data.sample import Box, Video
@@ -145,6 +145,9 @@ class Predictor:
     def boxes_in(self, answer: str, image: Any) -> list[Corners]:
         """Return the boxes in an answer as (x1, y1, x2, y2) in pixels of the image that they are on.
 
+        Any four whole numbers in brackets that could be a box count (`placed_boxes`), even if the model was
+        never trained on boxes.
+
         image: in a form that `__call__` takes; upright, as it is shown. Raises UserError for a video and for
         an image that cannot be read.
         """
@@ -157,12 +160,12 @@ class Predictor:
 
         Raises UserError as `boxes_in` does, and for a box that is outside of what the model sees.
         """
-        return seen_text(Box(box), self.geometry_of(image))
+        return view_text(Box(box), self.geometry_of(image))
 
     def geometry_of(self, image: Any) -> ImageGeometry:
         """Return where points of an image are in what the model sees of it."""
         if isinstance(image, Video):
-            raise UserError("boxes: on a video; boxes are on images only")
+            raise UserError("boxes: not supported on videos; use an image")
         medium: Any = image
         size = image_size(medium) if isinstance(image, FILES) else read_image(image).size
         return self.processor.image_processor.geometry(ImageGeometry.of(*size))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys as IncompatibleKeys
 from torch.utils._pytree import tree_map_only  # torch has no public way to map over nested arguments
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedTokenizerBase
 
 # Declares a sub-configuration with a default model type, as transformers' composite configurations do.
 from transformers.configuration_utils import SubConfigSpec
@@ -26,6 +27,9 @@ from transformers.pipelines.image_text_to_text import ReturnType
 # Whether transformers' quantizer leaves out a module; the rest of the tower has to be left out by the same
 # rule.
 from transformers.quantizers.quantizers_utils import should_convert_module
+
+# How a tokenizer truncates a text.
+from transformers.tokenization_utils_base import TruncationStrategy
 
 # Renders a chat template together with the spans of its generation marks, which `apply_chat_template` does
 # not return.
@@ -48,6 +52,7 @@ __all__ = [
     "render_jinja_template",
     "should_convert_module",
     "tree_map_only",
+    "truncation_length",
 ]
 
 
@@ -74,6 +79,17 @@ def keep_weights(module: nn.Module) -> None:
 def forget_weight_conversions(model: Any) -> None:
     """Allow a loaded quantized model to be saved: transformers 5.23 cannot convert its weights back."""
     model._weight_conversions = None
+
+
+def truncation_length(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> int | None:
+    """Return the most tokens that a tokenizer called with these options returns for a text; None if any.
+
+    The defaults are its own, which it has no public method for.
+    """
+    names = ("padding", "truncation", "max_length", "pad_to_multiple_of")
+    chosen = {name: options[name] for name in names if name in options}
+    _, strategy, length, _ = tokenizer._get_padding_truncation_strategies(**chosen, verbose=False)
+    return None if strategy == TruncationStrategy.DO_NOT_TRUNCATE else length
 
 
 class WrapperTensor(Tensor):

@@ -4,8 +4,8 @@ An image is cropped, flipped, resized and padded on its way to the tower. `Image
 same steps, each of them along the axes:
 
     geometry = ImageGeometry.of(640, 480).flip().crop(80, 0, 480, 480).resize(224, 224)
-    geometry.seen((100, 50, 300, 250))  # pixels of the original -> fractions of what the model sees
-    geometry.original((0.1, 0.2, 0.5, 0.6))  # and back
+    geometry.to_view((100, 50, 300, 250))  # pixels of the original -> fractions of what the model sees
+    geometry.to_original((0.1, 0.2, 0.5, 0.6))  # and back
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class ImageGeometry:
         """Return the geometry after a crop. Outside of the picture it is a padding."""
         x, y = self.x.then(1, -left), self.y.then(1, -top)
         cropped = replace(self, picture_size=(width, height), x=x, y=y)
-        return replace(cropped, visible=cropped.original((0, 0, 1, 1)))
+        return replace(cropped, visible=cropped.to_original((0, 0, 1, 1)))
 
     def flip(self) -> ImageGeometry:
         """Return the geometry after a left-right flip."""
@@ -72,15 +72,15 @@ class ImageGeometry:
         x, y = self.x.then(width / old_width, 0), self.y.then(height / old_height, 0)
         return replace(self, picture_size=(width, height), x=x, y=y)
 
-    def seen(self, box: Corners) -> Corners:
-        """Return the visible part of a box of the original, as fractions of the picture."""
+    def to_view(self, box: Corners) -> Corners:
+        """Map a box in pixels of the original to fractions of the picture: its visible part."""
         left, top, right, bottom = clip(box, self.visible)
         width, height = self.picture_size
         first, second = sorted((self.x(left) / width, self.x(right) / width))
         return first, self.y(top) / height, second, self.y(bottom) / height
 
-    def original(self, box: Corners) -> Corners:
-        """Return a box in fractions of the picture as pixels of the original, its visible part."""
+    def to_original(self, box: Corners) -> Corners:
+        """Map a box in fractions of the picture to pixels of the original: its visible part."""
         left, top, right, bottom = box
         width, height = self.picture_size
         first, second = sorted((self.x.inverse(left * width), self.x.inverse(right * width)))
@@ -132,7 +132,7 @@ def _kept_ratio(size: Size, target: Size, resize_mode: str) -> Size:
         return (target[0], longer) if width <= height else (longer, target[0])
     ratios = width / target[0], height / target[1]
     ratio = max(ratios) if resize_mode == "longest" else min(ratios)
-    return round(width / ratio), round(height / ratio)
+    return max(1, round(width / ratio)), max(1, round(height / ratio))
 
 
 def _centred(side: int, target: int) -> int:

@@ -23,9 +23,10 @@ from .added_tokens import EOC_TOKEN, MEDIA_TOKEN
 from .chat_template import answer_template
 from .geometry import ImageGeometry, tower_geometry
 from .images import read_image, to_rgb
-from .special_text import protect, tokenize
+from .special_text import protect
 from .tile_tags import tile_tag_ids
 from .tiles import UNTILED, Grid, Tiling
+from .tokenize_texts import tokenize
 from .views import Views, stack_media
 
 # Flamingo's own format (arXiv:2204.14198, figure 7), for language models without a chat template. The space
@@ -73,12 +74,19 @@ class FlamingoImageProcessor(BaseImageProcessor):
 
     def views(self, image: Any) -> Views:
         """Turn an image, in a form that `transform` takes, into what the tower gets of it."""
-        if self.tiling is None:
-            return Views(self.transform(image)[None])
         picture = to_rgb(image)
+        if self.tiling is None:
+            return Views(self._transform(picture)[None], image_size=picture.size)
         grid = self.grid_of(picture)
         parts = self.tiling.views(picture, grid, self.input_size, self._resampling)
-        return Views(torch.stack([self._transform(part) for part in parts]), grid)
+        return Views(torch.stack([self._transform(part) for part in parts]), grid, picture.size)
+
+    def whole_view(self, image: Any) -> Tensor:
+        """Turn an image into pixels (C, H, W) of one view; with tiles, the one that shows all of it."""
+        if self.tiling is None:
+            return self.transform(image)
+        (view,) = self.tiling.views(to_rgb(image), UNTILED, self.input_size, self._resampling)
+        return self._transform(view)
 
     def grid_of(self, picture: Image.Image) -> Grid:
         """Return the grid of tiles that a picture is divided into."""
@@ -179,7 +187,7 @@ class FlamingoProcessor(ProcessorMixin):
                 f"processor: got images without text; pass a text with one {MEDIA_TOKEN} where each belongs"
             )
         texts = [text] if isinstance(text, str) else list(text)
-        nested = deal_images(images, [t.count(self.image_token) for t in texts])
+        nested = assign_images(images, [t.count(self.image_token) for t in texts])
         return_tensors = kwargs.pop("return_tensors", None)
         arguments = {
             "add_special_tokens": not _are_complete(self.tokenizer, texts),
@@ -279,7 +287,7 @@ def is_image(block: Mapping[str, Any]) -> bool:
     return block["type"] in IMAGE_BLOCKS
 
 
-def deal_images(images: Any, markers: Sequence[int]) -> list[list[Any]]:
+def assign_images(images: Any, markers: Sequence[int]) -> list[list[Any]]:
     """Return the images of each text, passed as nested lists or in the order of the markers.
 
     Raises UserError if the counts differ.
@@ -288,7 +296,7 @@ def deal_images(images: Any, markers: Sequence[int]) -> list[list[Any]]:
     images = images if isinstance(images, (list, tuple)) else [images]
     remedy = f"put one {MEDIA_TOKEN} where each image belongs"
     if not any(isinstance(row, (list, tuple)) for row in images):
-        return _deal_in_order(images, markers, remedy)
+        return _assign_in_order(images, markers, remedy)
     if len(images) != len(markers):
         raise UserError(f"got {len(images)} lists of images for {len(markers)} texts; pass one each")
     for row, (own, count) in enumerate(zip(images, markers, strict=True)):
@@ -299,7 +307,7 @@ def deal_images(images: Any, markers: Sequence[int]) -> list[list[Any]]:
     return [list(row or ()) for row in images]
 
 
-def _deal_in_order(images: Sequence[Any], markers: Sequence[int], remedy: str) -> list[list[Any]]:
+def _assign_in_order(images: Sequence[Any], markers: Sequence[int], remedy: str) -> list[list[Any]]:
     """Assign one list of images to the texts in order, as many to each as it has markers."""
     if len(images) != sum(markers):
         where = "text 0 has" if len(markers) == 1 else f"{len(markers)} texts have"

@@ -12,7 +12,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -51,10 +50,11 @@ def restore(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[str, list[Sp
     return specials.placeholder_pattern.sub(lambda match: specials.literals[match[0]], text), spans
 
 
-def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool = False) -> Tokens:
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> Tokens:
     """Tokenize a text, reading typed special tokens as plain text. Raises UserError for a slow tokenizer.
 
-    If the tokenizer has text tags of tiles, they follow each media token, without characters of their own.
+    No special tokens are added to its ends. If the tokenizer has text tags of tiles, they follow each media
+    token, without characters of their own.
     """
     if not tokenizer.is_fast:
         name = type(tokenizer).__name__
@@ -62,29 +62,10 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, add_special_token
             f"tokenizer {name}: has no character offsets; use a language model with a fast tokenizer"
         )
     text, typed = restore(tokenizer, text)
-    tokens = _encode(tokenizer, text, add_special_tokens=add_special_tokens)
+    tokens = _encode(tokenizer, text)
     if typed:
         tokens = _with_typed_as_text(tokenizer, text, typed, tokens)
     return _with_tile_tags(tokenizer, tokens)
-
-
-def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], **options: Any) -> dict[str, Any]:
-    """Return ``tokenizer(texts, **options)`` with text tags of tiles, and typed special tokens as text."""
-    if not tile_tag_ids(tokenizer) and not any(restore(tokenizer, text)[1] for text in texts):
-        return dict(tokenizer(list(texts), **options))
-    rows = [encode_text(tokenizer, text, options.get("add_special_tokens", True)) for text in texts]
-    rows = [_truncated(tokenizer, row, options) for row in rows]
-    names = ("padding", "max_length", "pad_to_multiple_of", "padding_side")
-    padding: dict[str, Any] = {"padding": False} | {n: options[n] for n in names if n in options}
-    unpadded = {"input_ids": [row.ids for row in rows]}
-    if "token_type_ids" in tokenizer.model_input_names:
-        unpadded["token_type_ids"] = [[0] * len(row.ids) for row in rows]
-    padded = dict(tokenizer.pad(unpadded, **padding))
-    if options.get("return_offsets_mapping"):
-        padded["offset_mapping"] = [
-            _padded_offsets(*pair) for pair in zip(rows, padded["attention_mask"], strict=True)
-        ]
-    return padded
 
 
 def _with_tile_tags(tokenizer: PreTrainedTokenizerBase, tokens: Tokens) -> Tokens:
@@ -99,24 +80,6 @@ def _with_tile_tags(tokenizer: PreTrainedTokenizerBase, tokens: Tokens) -> Token
     return Tokens([token for token, _ in pairs], [span for _, span in pairs])
 
 
-def _truncated(tokenizer: PreTrainedTokenizerBase, tokens: Tokens, options: dict[str, Any]) -> Tokens:
-    length = options.get("max_length")
-    if (
-        length is None
-        or options.get("truncation") in (None, False, "do_not_truncate")
-        or len(tokens.ids) <= length
-    ):
-        return tokens
-    kept = slice(length) if tokenizer.truncation_side == "right" else slice(len(tokens.ids) - length, None)
-    return Tokens(tokens.ids[kept], tokens.offsets[kept])
-
-
-def _padded_offsets(tokens: Tokens, mask: Sequence[int]) -> list[Span]:
-    """Return the offsets where the mask is one, (0, 0) for padding."""
-    offsets = iter(tokens.offsets)
-    return [next(offsets) if real else (0, 0) for real in mask]
-
-
 def _with_typed_as_text(
     tokenizer: PreTrainedTokenizerBase, text: str, typed: list[Span], tokens: Tokens
 ) -> Tokens:
@@ -125,8 +88,9 @@ def _with_typed_as_text(
     kept, token, begin = [], 0, 0
     for place in [*_genuine(tokenizer, text, typed, pairs), len(pairs)]:
         first, last = pairs[place][1] if place < len(pairs) else (len(text), len(text))
-        end = len(text) if first == last else first  # one without characters was added at an end of the text
-        kept += _stretch(tokenizer, text, (begin, end), typed, pairs[token:place]) + pairs[place : place + 1]
+        kept += (
+            _stretch(tokenizer, text, (begin, first), typed, pairs[token:place]) + pairs[place : place + 1]
+        )
         token, begin = place + 1, max(begin, last)
     return Tokens([each for each, _ in kept], [span for _, span in kept])
 
@@ -142,7 +106,7 @@ def _genuine(
     return [
         place
         for place, (token, (a, b)) in enumerate(pairs)
-        if token in literals and (a == b or literals[token] in text[a:b]) and not _overlaps((a, b), typed)
+        if token in literals and literals[token] in text[a:b] and not _overlaps((a, b), typed)
     ]
 
 

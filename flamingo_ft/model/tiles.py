@@ -7,6 +7,7 @@ and one more view shows all of it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from PIL import Image
@@ -21,7 +22,7 @@ class Tiling:
 
     max_tiles: the most tiles of one image. tile_pixels: side in pixels of the part of an image that one tile
     shows, at the image's own resolution; None for the side of the tower's input. thumbnail: whether the whole
-    image is a view of its own, the first one, besides its tiles.
+    image, scaled down, is one more view, before those of its tiles.
     """
 
     max_tiles: int
@@ -29,20 +30,16 @@ class Tiling:
     thumbnail: bool = True
 
     @property
-    def grids(self) -> list[Grid]:
+    def grids(self) -> tuple[Grid, ...]:
         """All grids of at most ``max_tiles`` tiles."""
-        return [
-            (rows, columns)
-            for rows in range(1, self.max_tiles + 1)
-            for columns in range(1, self.max_tiles // rows + 1)
-        ]
+        return _grids(self.max_tiles)
 
     def grid(self, width: int, height: int, tower: tuple[int, int]) -> Grid:
         """Return the grid for an image of width x height pixels. tower: height and width of its input.
 
-        Of the grids with at most ``max_tiles`` tiles, it keeps the most of the image's pixels when the image
-        is fitted into it, its shape unchanged; of equal ones, the one with the fewest tiles. This is the
-        choice of LLaVA-NeXT among its resolutions.
+        Of the grids with at most ``max_tiles`` tiles, it preserves the most of the image's resolution when
+        the image is fitted into it, its shape unchanged; of equal ones, the one with the fewest tiles. This
+        is the choice of LLaVA-NeXT among its resolutions.
         """
         tile_height, tile_width = (self.tile_pixels,) * 2 if self.tile_pixels else tower
 
@@ -79,3 +76,10 @@ class Tiling:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields, as they are stored with a processor."""
         return dict(vars(self))
+
+
+@lru_cache
+def _grids(max_tiles: int) -> tuple[Grid, ...]:
+    return tuple(
+        (rows, columns) for rows in range(1, max_tiles + 1) for columns in range(1, max_tiles // rows + 1)
+    )

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .geometry import Size
 from .tiles import UNTILED, Grid
 
 
@@ -20,10 +21,12 @@ class Views:
     """One medium: pixels (F, C, H, W), or the tower's tokens for them (F, V, D).
 
     grid: rows and columns of an image's tiles, the last views; `UNTILED` for other images and for videos.
+    image_size: width and height in pixels of the image that the views were made from; None for a video.
     """
 
     values: Tensor
     grid: Grid = UNTILED
+    image_size: Size | None = None
 
     def __len__(self) -> int:
         return len(self.values)

@@ -160,7 +160,7 @@ BAD = [
     (where_is([BOX], answer=None, answers=["<box>", "there: <box>"]),
      "<box> in one of several reference answers; give the row one answer"),
     (where_is([BOX], image=None, video=["a.png", "a.png"]),
-     "boxes[0]: on a video, got image 0; boxes are on images only"),
+     "boxes[0]: not supported on videos, got image 0; use an image"),
 ]  # fmt: skip
 
 
@@ -184,6 +184,15 @@ def test_a_box_beyond_its_image_is_reported_and_rounding_is_forgiven(picture):
     ):
         write(outside)
     assert text_of(write(rounded)) == "Where?|[0, 0, 1000, 1000]"
+
+
+@pytest.mark.parametrize("box", [[80, 12, 81, 30], [8, -1, 24, 0]])
+def test_a_box_that_is_only_within_the_tolerance_has_no_area(box, picture):
+    (sample,) = samples(picture.parent, where_is([box]))
+    with pytest.raises(UserError) as error:
+        BoxWriter(processor().image_processor)(sample)
+    assert "boxes[0]: no area inside its image of 80 x 60 pixels, got [" in str(error.value)
+    assert str(error.value).endswith("; correct or remove it") and "resize_mode" not in str(error.value)
 
 
 def test_text_keeps_its_marker_in_a_row_without_the_column(picture):

@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 
 from flamingo_ft import cli
+from flamingo_ft.backbones.vision import load_vision
+from flamingo_ft.backbones.visual_tokens import spatial_tokens
 from flamingo_ft.config import dump_recipe, load_recipe
 from flamingo_ft.data import Sample
 from flamingo_ft.data.feature_cache import FrozenTower
@@ -20,11 +22,12 @@ from flamingo_ft.evaluation.probe_questions import choose_questions, media_of
 from flamingo_ft.evaluation.probe_verdict import add_to_verdict, compare_with_tower, tower_lines
 from flamingo_ft.evaluation.questions import questions_of
 from flamingo_ft.evaluation.results import Results
-from flamingo_ft.evaluation.tower_tokens import TowerTokens
+from flamingo_ft.evaluation.tower_tokens import TowerTokens, read_tokens
+from flamingo_ft.model.tiles import Tiling
 from flamingo_ft.report.run_folder import RunFolder
 from flamingo_ft.training.output_dir import prepare_output_dir
 from flamingo_ft.training.train import train
-from tests.data.dialogues import IMAGE, assistant, user
+from tests.data.dialogues import IMAGE, assistant, nano_processor, user
 
 COLOURS = ("red", "green", "blue")
 QUESTION_KEYS = {
@@ -34,7 +37,7 @@ QUESTION_KEYS = {
 }
 PROBE_KEYS = {
     *("made_by", "recipe_digest", "tower", "tokens", "width", "media", "questions", "left_out"),
-    *("tower_seconds", "probe_seconds"),
+    *("tiled", "tower_seconds", "probe_seconds"),
 }
 
 
@@ -231,7 +234,8 @@ def test_a_probe_of_another_tower_or_other_data_is_not_used(here):
     assert cli.main(["check", "recipe.yaml", "--probe"]) == 0
     assert load_probe(here / "run", load_recipe("./recipe.yaml")) is not None
     assert load_probe(here / "run", load_recipe("./recipe.yaml", ["train.learning_rate=0.1"])) is not None
-    for other in ("model.vision.image_size=64", "data.train.0.limit=3", "data.eval_fraction=0.5"):
+    others = "model.vision.image_size=64", "data.train.0.limit=3", "data.eval_fraction=0.5", "data.tiles={}"
+    for other in others:
         assert load_probe(here / "run", load_recipe("./recipe.yaml", [other])) is None
     (here / "stored.yaml").write_text(dump_recipe(load_recipe("./recipe.yaml")))
     assert load_probe(here / "run", load_recipe("./stored.yaml")) is not None
@@ -260,6 +264,25 @@ def test_training_and_the_probe_share_their_cached_tokens(here, monkeypatch):
     folders = {path.parent for path in (here / "cache").glob("*/key.json")}
     assert cli.main(["check", "recipe.yaml", "--probe", *options]) == 0
     assert {path.parent for path in (here / "cache").glob("*/key.json")} == folders
+
+
+@pytest.mark.parametrize("options", [[], ["data.cache={folder: cache, dtype: fp32}"]], ids=["", "cache"])
+def test_with_tiles_the_probe_sees_what_a_single_view_cuts_off(options, here):
+    for name, shade in (("dark.png", 0), ("light.png", 255)):
+        picture = Image.new("RGB", (128, 32), (90, 10, 10))  # the tower sees the middle 32 x 32
+        picture.paste((shade,) * 3, (0, 0, 32, 32))
+        picture.save(name)
+    media = dict.fromkeys(("dark.png", "light.png"), "row")
+    dark, light = read_tokens(load_recipe("./recipe.yaml", options), media, None).mean.values()
+    assert torch.equal(dark, light)
+    recipe = load_recipe("./recipe.yaml", [*options, "data.tiles={max: 4}"])
+    dark, light = read_tokens(recipe, media, None).mean.values()
+    assert not torch.allclose(dark, light, atol=0.1)
+    visual, processor = load_vision("nano"), nano_processor()
+    processor.image_processor.tiles = Tiling(4).to_dict()
+    views = processor.image_processor.views(Image.open("light.png")).values
+    expected = spatial_tokens(visual.visual, views).mean((0, 1))
+    torch.testing.assert_close(light, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_free_text_is_refused_in_one_line_before_the_tower_is_loaded(here, capsys, monkeypatch):
@@ -305,8 +328,8 @@ def result(best: float, majority: float = 0.25, images: int = 1, text: str = "Wh
     )
 
 
-def probe(*results: ProbeResult) -> Probe:
-    return Probe("digest", "nano", 4, 12, 10, list(results), {}, 0.0, 0.0)
+def probe(*results: ProbeResult, tiled: bool = False) -> Probe:
+    return Probe("digest", "nano", 4, 12, 10, tiled, list(results), {}, 0.0, 0.0)
 
 
 def answered(share: float):
@@ -332,7 +355,7 @@ def test_a_tower_near_the_majority_share_is_to_blame():
     ):
         assert sentence == (
             "the tower cannot tell these answers apart ('Which colour?' 28.0 %, majority share 25.0 %): "
-            "choose another tower or a larger model.vision.image_size"
+            "choose another tower, a larger model.vision.image_size, or data.tiles"
         )
 
 
@@ -340,6 +363,15 @@ def test_a_probe_of_two_images_blames_no_tower():
     (line,) = tower_lines(probe(result(0.28, images=2)))
     assert line.startswith("no conclusion from questions about several images")
     assert compare_with_tower(probe(result(0.28, images=2)), *answered(0.25)) is None
+
+
+def test_a_probe_of_tiles_blames_no_tower():
+    (line,) = tower_lines(probe(result(0.28), tiled=True))
+    assert line == (
+        "no conclusion from questions about tiled images, whose views a probe averages: 'Which colour?'"
+    )
+    assert compare_with_tower(probe(result(0.28), tiled=True), *answered(0.25)) is None
+    assert "the tower can tell 84.0 %" in next(tower_lines(probe(result(0.84), tiled=True)))
 
 
 def test_other_questions_and_answers_new_to_training_do_not_count():

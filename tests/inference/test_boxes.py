@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import csv
 import json
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
 from flamingo_ft.cli import main
-from flamingo_ft.data.sample import message_text
+from flamingo_ft.data.sample import Video, message_text
 from flamingo_ft.errors import UserError
 from flamingo_ft.inference import answer as one_answer
 from flamingo_ft.inference import generate
+from flamingo_ft.inference.batch import answer_rows
 from flamingo_ft.inference.generate import generate_file
 from flamingo_ft.inference.predictor import Predictor
+from flamingo_ft.inference.prompts import make_prompt
+from flamingo_ft.inference.prompts_of_data import Row
 
 ANSWER = "There: [250, 100, 500, 1000], not [900, 0, 100, 1]."
 
@@ -50,6 +54,11 @@ def picture(tmp_path):
 def test_boxes_in_an_answer_are_pixels_of_the_image(form, predictor, picture):
     assert predictor.boxes_in(ANSWER, form(picture)) == [pytest.approx((30, 4, 40, 40))]
     assert predictor.boxes_in("[1, 2, 3]", picture) == []
+
+
+def test_boxes_on_a_video_are_refused(predictor, picture):
+    with pytest.raises(UserError, match="^boxes: not supported on videos; use an image$"):
+        predictor.boxes_in(ANSWER, Video(frames=(str(picture),)))
 
 
 def test_a_box_in_pixels_becomes_text_for_a_prompt(predictor, picture):
@@ -89,6 +98,33 @@ def test_boxes_are_on_the_image_of_the_reference(asked, folders, picture, tmp_pa
     (record,) = csv.DictReader(out.open(newline=""))
     assert json.loads(record["boxes"]) == [[100, 40, 200, 400]]
     assert record["reference"] == "[100, 100, 200, 200]"
+
+
+def test_an_answer_about_a_video_has_no_boxes(asked, folders, picture, tmp_path):
+    rows = {"question": "Where?", "image": None, "video": ["a.png", "a.png"]}, {"question": "Where?"}
+    data, out = write(tmp_path / "rows.jsonl", *rows), tmp_path / "answers.jsonl"
+    generate_file(folders[0] / "adapter", data, out)
+    video, image = (json.loads(line) for line in out.read_text().splitlines())
+    assert (video["answer"], "boxes" in video, image["boxes"]) == (ANSWER, False, [[30, 4, 40, 40]])
+
+
+@pytest.mark.parametrize("cache_mib", [0, 1])
+@pytest.mark.parametrize("tiles, box", [(None, [30, 4, 40, 40]), ({"max_tiles": 2}, [20, 4, 40, 40])])
+def test_boxes_are_placed_without_reading_the_image_again(
+    tiles, box, cache_mib, predictor, picture, monkeypatch
+):
+    def answer(self, questions, **_):
+        self.media.of(questions)
+        picture.unlink(missing_ok=True)
+        return [ANSWER] * len(questions)
+
+    monkeypatch.setattr(Predictor, "answer", answer)
+    monkeypatch.setattr(predictor.processor.image_processor, "tiles", tiles)
+    asked = Predictor(predictor.model, predictor.processor, image_cache_mib=cache_mib)
+    rows = [Row(f"row {number}", make_prompt([str(picture)], "Where?")) for number in range(2)]
+    records = []
+    answer_rows(asked, rows, SimpleNamespace(rows=0, write=records.extend))
+    assert [record["boxes"] for record in records] == [[box]] * 2
 
 
 def test_a_bad_box_of_a_row_is_its_error(asked, folders, picture, tmp_path):

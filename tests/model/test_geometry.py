@@ -16,7 +16,7 @@ from flamingo_ft.config import AugmentationSection
 from flamingo_ft.data.augment import Augmentation
 from flamingo_ft.model import FlamingoImageProcessor, images
 from flamingo_ft.model.boxes import box_text, parse_boxes
-from flamingo_ft.model.geometry import ImageGeometry
+from flamingo_ft.model.geometry import ImageGeometry, clip
 
 SIZES = (48, [48, 48], [40, 64])
 MODES = ("shortest", "longest", "squash")
@@ -70,7 +70,22 @@ def test_the_transform_moves_a_rectangle_to_where_the_geometry_says(size, tower,
     pixels = to_picture(images.open_clip_preprocess, images.transform(with_rectangle(*size, box))).numpy()
     geometry = images.geometry(ImageGeometry.of(*size))
     if geometry.visible_area(box) > 20 * 20:
-        assert_near(bright_part(pixels), geometry.seen(box), 1.1, images.input_size[::-1])
+        assert_near(bright_part(pixels), geometry.to_view(box), 1.1, images.input_size[::-1])
+
+
+@pytest.mark.parametrize("tiles", [None, {"max_tiles": 4}], ids=["", "tiles"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("tower", [48, [40, 64]], ids=str)
+@pytest.mark.parametrize("size", [(1, 1000), (1000, 1)], ids=str)
+def test_a_thin_image_is_seen_with_its_boxes(size, tower, mode, tiles):
+    images = processor(tower, mode, tiles)
+    views = images.views(with_rectangle(*size, (0, 0, *size))).values
+    assert views.shape[2:] == images.input_size
+    assert to_picture(images.open_clip_preprocess, views).max() == 255
+    width, height = size
+    box = 0.4 * width, 0.4 * height, 0.6 * width, 0.6 * height
+    geometry = images.geometry(ImageGeometry.of(*size))
+    assert geometry.to_original(geometry.to_view(box)) == pytest.approx(clip(box, geometry.visible))
 
 
 @settings(max_examples=40, deadline=None)
@@ -82,7 +97,7 @@ def test_augmentation_moves_a_rectangle_to_where_its_geometry_says(seed, flips):
     geometry = drawn.geometry(ImageGeometry.of(*size))
     assert geometry.picture_size == picture.size
     if geometry.visible_area(box) > 0:
-        seen = geometry.seen(box)
+        seen = geometry.to_view(box)
         assert bright_part(np.asarray(picture)) == pytest.approx(seen, abs=1e-9)  # no pixel is interpolated
 
 
@@ -94,7 +109,7 @@ def test_tiles_together_show_a_rectangle_where_the_geometry_says():
     assert rows * columns > 1
     tiles = to_picture(images.open_clip_preprocess, views.values).unflatten(0, (rows, columns))
     canvas = torch.cat([torch.cat([*row], dim=1) for row in tiles]).numpy()
-    seen = images.geometry(ImageGeometry.of(*size)).seen(box)
+    seen = images.geometry(ImageGeometry.of(*size)).to_view(box)
     assert seen == pytest.approx((20 / 150, 60 / 130, 70 / 150, 110 / 130))
     assert_near(bright_part(canvas), seen, 1.1, canvas.shape[1::-1])
 
@@ -111,13 +126,13 @@ def test_what_is_seen_maps_back_to_the_same_pixels(width, height, tower, mode, s
     drawn = Augmentation.draw(AugmentationSection(crop=0.3, flip=0.5), seed)
     geometry = processor(tower, mode).geometry(drawn.geometry(ImageGeometry.of(width, height)))
     box = 0.45 * width, 0.45 * height, 0.55 * width, 0.55 * height
-    seen = geometry.seen(box)
+    seen = geometry.to_view(box)
     assert seen[0] <= seen[2] and seen[1] <= seen[3]
     assert min(seen) >= 0 and max(seen) <= 1
     left, top, right, bottom = geometry.visible
     part = max(box[0], left), max(box[1], top), min(box[2], right), min(box[3], bottom)
     if geometry.visible_area(box) > 0:
-        assert geometry.original(seen) == pytest.approx(part)
+        assert geometry.to_original(seen) == pytest.approx(part)
 
 
 @pytest.mark.parametrize("text, boxes", [

@@ -48,7 +48,7 @@ def test_the_image_processor_alone_makes_a_batch(processor):
     assert torch.equal(processor.image_processor(A)["pixel_values"], pixels(processor, A))
 
 
-def test_images_are_dealt_out_in_the_order_of_the_markers(processor):
+def test_images_are_assigned_in_the_order_of_the_markers(processor):
     texts = ["<image> and <image>", "nothing", "one <image>"]
     flat = processor(images=[A, B, C], text=texts, padding=True, return_tensors="pt")
     nested = processor(images=[[A, B], [], [C]], text=texts, padding=True, return_tensors="pt")

@@ -4,11 +4,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tokenizers.processors import TemplateProcessing
 
 from flamingo_ft.data.encode import IGNORED, encode
 from flamingo_ft.errors import UserError
 from flamingo_ft.model.added_tokens import add_media_tokens
-from flamingo_ft.model.special_text import encode_text, protect, restore, tokenize
+from flamingo_ft.model.special_text import encode_text, protect, restore
+from flamingo_ft.model.tokenize_texts import tokenize
 from tests.data.dialogues import IMAGE, assistant, nano_processor, user
 from tests.data.llama_tokenizer import llama_tokenizer
 
@@ -101,6 +103,45 @@ def test_padding_truncation_and_offsets_equal_the_tokenizers(side):
         split_special_tokens=True,
     )  # fmt: skip
     assert actual == whole.data
+
+
+def with_both_ends():
+    """A tokenizer that adds a token before and one after a text."""
+    tokenizer = llama(False)
+    ends = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<s> $A </s>", special_tokens=ends)
+    return tokenizer
+
+
+OPTIONS = {
+    "max_length": {"truncation": True, "max_length": 8},
+    "model_max_length": {"truncation": True},
+    "max_length alone": {"max_length": 8},
+    "without ends": {"truncation": "longest_first", "max_length": 8, "add_special_tokens": False},
+    "padding": {"truncation": True, "padding": "max_length", "max_length": 40, "padding_side": "left"},
+    "padding to the model's length": {"truncation": True, "padding": "max_length"},
+    "no mask": {"return_attention_mask": False, "return_token_type_ids": True, "return_tensors": None},
+}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("tokenizer", [nano_processor().tokenizer, llama(False), with_both_ends()])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_do_what_they_do_in_a_call_of_the_tokenizer(name, tokenizer, side, monkeypatch):
+    monkeypatch.setattr(tokenizer, "truncation_side", side)
+    monkeypatch.setattr(tokenizer, "model_max_length", 9)
+    texts = ["one", "see <image> there, and <image>"]
+    options = OPTIONS[name] | {"return_offsets_mapping": True}
+    actual = tokenize(tokenizer, [protect(tokenizer, text) for text in texts], **options)
+    assert actual == tokenizer(texts, split_special_tokens=True, **options).data
+
+
+@pytest.mark.parametrize("option", [{"text_pair": ["a"]}, {"stride": 2}, {"return_length": True}])
+def test_an_option_that_would_be_ignored_is_refused(option):
+    tokenizer = TOKENIZERS["nano"]
+    assert tokenize(tokenizer, ["no token"], **option)["input_ids"]
+    with pytest.raises(UserError, match=rf"^processor: {next(iter(option))}: not supported for texts with"):
+        tokenize(tokenizer, [protect(tokenizer, "see <image>")], **option)
 
 
 def test_the_processor_and_its_chat_template_give_the_ids_of_training():

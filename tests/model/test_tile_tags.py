@@ -64,6 +64,15 @@ def test_every_image_is_followed_by_all_tags(parts):
         assert sum(row.count(tag) for tag in tags) == count * len(tags)
 
 
+@pytest.mark.parametrize("options", [{"truncation": True}, {"max_length": 9}], ids=str)
+def test_truncation_counts_tags(options, parts, monkeypatch):
+    _, processor = parts
+    monkeypatch.setattr(processor.tokenizer, "model_max_length", 9)
+    whole = processor(picture(16, 16), "<image>" + "a " * 20)
+    cut = processor(picture(16, 16), "<image>" + "a " * 20, **options)
+    assert cut["input_ids"] == [whole["input_ids"][0][:9]] and len(whole["input_ids"][0]) > 20
+
+
 def test_tags_have_no_labels_and_no_text(parts):
     _, processor = parts
     answer = [{"type": "image", "image": picture(32, 32)}, {"type": "text", "text": "seven"}]

@@ -60,7 +60,7 @@ def check_boxes(boxes: Sequence[Box], markers: int, media: Sequence[Medium], whe
                 f"{plural(len(media), 'image')}; count them from 0"
             )
         if isinstance(media[box.image], Video):
-            raise UserError(f"{box.where}: on a video, got image {box.image}; boxes are on images only")
+            raise UserError(f"{box.where}: not supported on videos, got image {box.image}; use an image")
 
 
 def refuse_markers(texts: Sequence[str], where: str) -> None:

@@ -16,7 +16,7 @@ import torch
 
 from flamingo_ft import atomic
 from flamingo_ft.backbones.provenance import tensors_sha256
-from flamingo_ft.inference.media_inputs import MediaInputs
+from flamingo_ft.data.media import open_image
 from flamingo_ft.inference.predictor import Predictor
 from flamingo_ft.model.images import READER_VERSION
 from flamingo_ft.model.media import encode_distinct
@@ -37,7 +37,7 @@ def image_features(
     folder: Path,
     on_batch: Callable[[int], None] = lambda count: None,
 ) -> np.ndarray:
-    """Return the mean of the tower's tokens of each image (N, D), in float32.
+    """Return the mean of the tower's tokens of each image (N, D), in float32; of tiled ones, of the whole.
 
     folder: where they are kept for the next time, by tower, transform and image files. on_batch: called with
     the number of images that are done. Raises UserError for an image that cannot be read.
@@ -46,11 +46,11 @@ def image_features(
     if file.is_file():
         on_batch(len(paths))
         return np.load(file)
-    media, tower = MediaInputs(predictor.model, predictor.processor), predictor.model.vision_encoder
+    images, tower = predictor.processor.image_processor, predictor.model.vision_encoder
     features = []
     for start in range(0, len(paths), BATCH_SIZE):
         batch = paths[start : start + BATCH_SIZE]
-        pixels = torch.stack([media.first_view(path) for path in batch])
+        pixels = torch.stack([images.whole_view(open_image(path)) for path in batch])
         features.append(encode_distinct(tower, pixels.to(predictor.model.device)).float().mean(1).cpu())
         on_batch(len(batch))
     result = torch.cat(features).numpy()
@@ -66,6 +66,7 @@ def _key(predictor: Predictor, paths: Sequence[str]) -> str:
     for path in paths:
         status = os.stat(path)
         files.append((os.path.abspath(path), status.st_size, status.st_mtime_ns))
-    preprocess = predictor.processor.image_processor.transform_record
-    key = [tensors_sha256(predictor.model.vision_encoder), dict(preprocess), READER_VERSION, files]
+    images = predictor.processor.image_processor
+    transform = [images.open_clip_preprocess, images.tiling is not None]
+    key = [tensors_sha256(predictor.model.vision_encoder), transform, READER_VERSION, files]
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from flamingo_ft.adapters import save_adapter
 from flamingo_ft.cli import main
@@ -183,6 +184,22 @@ def test_features_are_kept_until_an_image_changes(predictor, tmp_path, monkeypat
     (tmp_path / "2sea.png").write_bytes((tmp_path / "0red.png").read_bytes() + b"x")
     changed = image_features(predictor, paths, tmp_path / "kept")
     np.testing.assert_allclose(changed[[0, 1, 0]], changed, atol=1e-6)
+
+
+@pytest.mark.parametrize("thumbnail", [True, False])
+def test_features_of_tiled_images_are_of_the_whole_image(thumbnail, predictor, tmp_path, monkeypatch):
+    path = str(tmp_path / "a.png")
+    page = Image.new("RGB", (64, 64))
+    page.paste((255, 0, 0), (32, 32, 64, 64))  # in the last of four tiles
+    page.save(path)
+    page.resize((32, 32), Image.Resampling.BICUBIC).save(tmp_path / "small.png")
+    monkeypatch.setattr(
+        predictor.processor.image_processor, "tiles", {"max_tiles": 4, "thumbnail": thumbnail}
+    )
+    (tiled,) = image_features(predictor, [path], tmp_path / "kept")
+    monkeypatch.setattr(predictor.processor.image_processor, "tiles", None)
+    (small,) = image_features(predictor, [str(tmp_path / "small.png")], tmp_path / "kept")
+    np.testing.assert_allclose(tiled, small, atol=1e-5)
 
 
 # --- the command ---
