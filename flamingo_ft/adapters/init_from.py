@@ -119,7 +119,7 @@ def load_bridge_as_stored(
     path = _locate_bridge(folder, record["path"], start)
     _load_bridge(model, path)
     tensors = bridge_tensors(model)
-    if _tile_tags(read_config(folder)) != "learned":  # a later run added tiles
+    if _tile_tags(_read_any_config(folder)) != "learned":  # a later run added tiles
         tensors.pop("perceiver.tile_embs", None)
     digest = tensors_sha256(tensors)
     if digest != record["sha256"]:
