@@ -55,17 +55,20 @@ def made_up(tmp_path_factory):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_a_part_added_in_one_row_is_trained_alone_at_its_own_rate_and_decay(made_up):
     own = ["text_shift.weight", "text_shift.start"]
     assert sorted(made_up["trainable"]) == sorted(own) == sorted(made_up["moved"])
     assert made_up["groups"] == [["text_shift", 0.5, 0.25, own[:1]], ["text_shift", 0.5, 0.0, own[1:]]]
 
 
+@pytest.mark.slow
 def test_a_part_added_in_one_row_is_saved_and_loaded(made_up):
     assert {name.rpartition("text_shift.")[2] for name in made_up["saved"]} == {"weight", "start"}
     assert made_up["loaded"]
 
 
+@pytest.mark.slow
 def test_a_part_added_in_one_row_is_in_the_plan_and_the_card(made_up):
     assert made_up["plan"]["text shift"] == made_up["parameters"] > 0
     assert "the made-up shift of the text" in made_up["card"]

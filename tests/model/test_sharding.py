@@ -99,6 +99,7 @@ def test_two_processes_with_half_of_the_model_each_learn_what_one_learns(small_r
     torch.testing.assert_close(of_both, of_one, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_parameters_of_another_dtype_than_their_unit_are_replicated_and_trained(small_run):
     bf16 = ("trainable.dtype=bf16",)
     results = sharded(small_run, *bf16)

@@ -28,6 +28,7 @@ from flamingo_ft.training.trainer import FlamingoTrainerMixin
 
 from ..regimes import recipe as small_recipe
 from ..regimes import shake
+from ..thinned import slow
 from .test_dpo import DPO, pairs  # noqa: F401  (a fixture)
 
 WEIGHTS = "adapter_model.safetensors"
@@ -219,6 +220,7 @@ def shades(small_run):
     write("eval.jsonl", rows[16:])
 
 
+@pytest.mark.slow
 def test_a_model_that_learned_to_look_has_a_gap_clearly_above_zero_everywhere(shades, whole_runs, capsys):
     options = ("eval.steps=30", "train.max_steps=60", "train.batch_size=8", "eval.answers=false",
                "train.learning_rates.gates=1.0e-2")  # fmt: skip
@@ -300,7 +302,7 @@ def test_training_and_resuming_are_bit_identical_with_and_without_the_gap(shades
 # --- rows without images ---
 
 
-@pytest.mark.parametrize("steps", ["eval.steps=null", "eval.steps=2"])
+@pytest.mark.parametrize("steps", [slow("eval.steps=null"), "eval.steps=2"])
 def test_the_text_only_loss_is_known_before_during_and_after_training(mixed, steps):
     metrics = train(recipe("train.max_steps=4", "eval.answers=false", steps))["eval"]["loss_by_kind"]
     assert metrics[TEXT_ONLY]["samples"] == 2 and metrics[WITH_IMAGES]["samples"] == 8
