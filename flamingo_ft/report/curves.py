@@ -75,7 +75,7 @@ def loss_curve(run: str | Path) -> Figure:
 
 def loss_figure(entries: Sequence[Entry]) -> Figure | None:
     """Plot the loss in training and on held-out samples; of GRPO only the latter, if there is one."""
-    training, evaluation = curve(entries, "loss", "training"), curve(entries, "eval_loss", "held out")
+    training, evaluation = curve(entries, "loss", "training"), curve(entries, "eval_loss", "held-out")
     is_grpo = any("reward" in entry for entry in entries)
     if is_grpo and evaluation is not None:  # another quantity than the policy loss of training
         return _figure("Held-out loss", PER_LABEL_TOKEN, [evaluation], from_zero=True)
@@ -209,7 +209,7 @@ def reward_accuracy_figure(entries: Sequence[Entry]) -> Figure | None:
 
 
 def _training_and_eval(entries: Sequence[Entry], key: str) -> list[Curve]:
-    return _present(curve(entries, key, "training"), curve(entries, f"eval_{key}", "held out"))
+    return _present(curve(entries, key, "training"), curve(entries, f"eval_{key}", "held-out"))
 
 
 def _present(*curves: Curve | None) -> list[Curve]:
