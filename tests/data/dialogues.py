@@ -61,7 +61,10 @@ def blocks(parts: tuple) -> list[dict[str, Any]]:
 
 @cache
 def nano_processor(template: str | None = None) -> FlamingoProcessor:
-    """Return a processor with the nano tokenizer's own chat template, which marks answers, or another one."""
+    """Return a processor with the nano tokenizer's own chat template, which marks answers, or another one.
+
+    Tests share it: none may change it.
+    """
     tokenizer = load_language("nano").tokenizer
     add_media_tokens(tokenizer)
     processor = FlamingoProcessor.for_backbones(load_vision("nano").preprocess, tokenizer)

@@ -23,11 +23,12 @@ from flamingo_ft.evaluation.probe_verdict import add_to_verdict, compare_with_to
 from flamingo_ft.evaluation.questions import questions_of
 from flamingo_ft.evaluation.results import Results
 from flamingo_ft.evaluation.tower_tokens import TowerTokens, read_tokens
+from flamingo_ft.model.processor import FlamingoImageProcessor
 from flamingo_ft.model.tiles import Tiling
 from flamingo_ft.report.run_folder import RunFolder
 from flamingo_ft.training.output_dir import prepare_output_dir
 from flamingo_ft.training.train import train
-from tests.data.dialogues import IMAGE, assistant, nano_processor, user
+from tests.data.dialogues import IMAGE, assistant, user
 
 COLOURS = ("red", "green", "blue")
 QUESTION_KEYS = {
@@ -278,10 +279,9 @@ def test_with_tiles_the_probe_sees_what_a_single_view_cuts_off(options, here):
     recipe = load_recipe("./recipe.yaml", [*options, "data.tiles={max: 4}"])
     dark, light = read_tokens(recipe, media, None).mean.values()
     assert not torch.allclose(dark, light, atol=0.1)
-    visual, processor = load_vision("nano"), nano_processor()
-    processor.image_processor.tiles = Tiling(4).to_dict()
-    views = processor.image_processor.views(Image.open("light.png")).values
-    expected = spatial_tokens(visual.visual, views).mean((0, 1))
+    tower = load_vision("nano")
+    views = FlamingoImageProcessor(tower.preprocess, tiles=Tiling(4).to_dict()).views(Image.open("light.png"))
+    expected = spatial_tokens(tower.visual, views.values).mean((0, 1))
     torch.testing.assert_close(light, expected, atol=1e-4, rtol=1e-4)
 
 
