@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from transformers.utils import PROCESSOR_NAME
 
+from flamingo_ft.config.yaml_document import yaml_line
 from flamingo_ft.errors import UserError
 from flamingo_ft.hub import fetch_model
 from flamingo_ft.model import FlamingoForConditionalGeneration
@@ -21,8 +20,8 @@ def check_start_tiles(start: str | Path, ours: Tiling | None) -> None:
     trained = tiling_of(fetch_model(start))
     if trained is not None and trained != ours:
         raise UserError(
-            f"model.init_from: {start} was trained with data.tiles {_keys(trained)}, "
-            f"the recipe has {'null' if ours is None else _keys(ours)}; give the recipe the same"
+            f"model.init_from: {start} was trained with data.tiles {_text(trained)}, "
+            f"the recipe has {_text(ours)}; give the recipe the same"
         )
 
 
@@ -45,10 +44,9 @@ def check_places_are_learned(model: FlamingoForConditionalGeneration) -> None:
         )
 
 
-def _keys(tiling: Tiling) -> str:
-    values: Mapping[str, Any] = {
-        "max": tiling.max_tiles,
-        "size": tiling.tile_pixels or "auto",
-        "thumbnail": str(tiling.thumbnail).lower(),
-    }
-    return "{" + ", ".join(f"{key}: {value}" for key, value in values.items()) + "}"
+def _text(tiling: Tiling | None) -> str:
+    """Return tiles as a recipe has them, without their tags: `{max: 4, size: auto, thumbnail: true}`."""
+    if tiling is None:
+        return "null"
+    size = tiling.tile_pixels or "auto"
+    return yaml_line({"max": tiling.max_tiles, "size": size, "thumbnail": tiling.thumbnail})

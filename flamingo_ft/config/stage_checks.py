@@ -9,7 +9,7 @@ from flamingo_ft.config.data_section import TilesSection
 from flamingo_ft.config.model_section import LoraSection, ModelSection
 from flamingo_ft.config.stages import FOLDER_NAME, STAGES, StageSection
 from flamingo_ft.config.tables import BRIDGE_PARTS, PERCEIVER
-from flamingo_ft.config.yaml_document import Location
+from flamingo_ft.config.yaml_document import Location, yaml_line
 
 Errors = Iterator[tuple[Location, str]]
 
@@ -107,10 +107,7 @@ def _tags(tiles: TilesSection | None) -> str:
 
 def _tiles_text(tiles: TilesSection | None) -> str:
     """Return tiles as a recipe has them: `{max: 4, size: auto, thumbnail: true, tags: learned}`."""
-    if tiles is None:
-        return "null"
-    values = {**tiles.model_dump(), "size": tiles.size or "auto", "thumbnail": str(tiles.thumbnail).lower()}
-    return "{" + ", ".join(f"{key}: {value}" for key, value in values.items()) + "}"
+    return "null" if tiles is None else yaml_line({**tiles.model_dump(), "size": tiles.size or "auto"})
 
 
 def _check_eval_fraction(stages: Sequence[StageSection]) -> Errors:

@@ -1,4 +1,4 @@
-"""YAML text -> plain values, with the line that each of them is on.
+"""YAML text -> plain values, with the line that each of them is on; and values as text for a message.
 
 ruamel.yaml records lines too, but would not be smaller: its scalars (hexadecimal numbers, dates), tags and
 keys that are not text would have to be excluded just the same, and its containers and scalars converted to
@@ -8,7 +8,7 @@ plain ones.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -24,6 +24,11 @@ Location = tuple[str | int, ...]  # the keys and list indices that lead to a val
 def dotted(location: Location) -> str:
     """Return a location as users write it, on one line: `data.train.0.path`."""
     return " ".join(".".join(map(str, location)).split())
+
+
+def yaml_line(values: Mapping[str, object]) -> str:
+    """Return values as YAML on one line: `{max: 4, thumbnail: true}`."""
+    return yaml.safe_dump(dict(values), default_flow_style=True, sort_keys=False, width=1000).strip()
 
 
 _TAG = "tag:yaml.org,2002:"
