@@ -64,9 +64,12 @@ def losses(folder: Path) -> list[float]:
 
 
 def write_data(folder: Path, media: Sequence[Sequence[int]]) -> list[dict]:
-    """Write a recipe and a row for each entry of ``media``: frames of each medium, 0 for an image."""
-    for shade in range(4):
-        Image.new("RGB", (32, 32), (30 + 60 * shade,) * 3).save(folder / f"{shade}.png")
+    """Write a recipe and a row for each entry of ``media``: frames of each medium, 0 for an image.
+
+    Images differ in shade and in size, so that with tiles they differ in views.
+    """
+    for shade, size in enumerate([(32, 32), (64, 32), (32, 64), (64, 64)]):
+        Image.new("RGB", size, (30 + 60 * shade,) * 3).save(folder / f"{shade}.png")
     rows = [_row(number, frames) for number, frames in enumerate(media)]
     (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (folder / "recipe.yaml").write_text(RECIPE)
