@@ -39,6 +39,7 @@ from flamingo_ft.backbones.visual_tokens import (
 from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import error_message
 
+MAX_ASPECT = 64  # of an image that is resized whole before its centre is cut out
 # Raised by torch and timm for an image size that a tower does not support.
 UNSUPPORTED_SIZE = (RuntimeError, AssertionError, ValueError, TypeError, IndexError, AttributeError)
 
@@ -97,11 +98,25 @@ def image_transform(preprocess: dict) -> Callable[[Image.Image], Tensor]:
 
     A side that it would round to 0 pixels, of a very thin image, is 1 pixel.
     """
-    transform: Any = image_transform_v2(PreprocessCfg(**preprocess), is_train=False)
+    fields = PreprocessCfg(**preprocess)
+    transform: Any = image_transform_v2(fields, is_train=False)
     first = transform.transforms[0]
     if isinstance(first, ResizeKeepRatio):
         transform.transforms[0] = ResizeToAPixel.replacing(first)
+    if fields.resize_mode == "shortest":
+        transform.transforms.insert(0, cut_ends)
     return transform
+
+
+def cut_ends(image: Image.Image) -> Image.Image:
+    """Cut the ends off an image that is more than `MAX_ASPECT` times as long as it is wide.
+
+    A transform that resizes the shorter side and keeps the centre cuts them off anyway, but enlarges them
+    first: 1 x 60,000 pixels to 224 x 13,440,000.
+    """
+    # As much from both ends, so that the centre stays where it is.
+    left, top = (max(0, side - MAX_ASPECT * min(image.size)) // 2 for side in image.size)
+    return image.crop((left, top, image.width - left, image.height - top)) if left or top else image
 
 
 def to_picture(preprocess: dict, pixels: Tensor) -> Tensor:

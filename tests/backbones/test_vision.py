@@ -12,6 +12,7 @@ import pytest
 import torch
 from open_clip.factory import _MODEL_CONFIGS
 from open_clip.pretrained import _PRETRAINED
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip.transformer import QuickGELU
 from PIL import Image
 from safetensors.torch import save_file
@@ -19,7 +20,13 @@ from torch import nn
 
 from flamingo_ft.backbones import tower_source
 from flamingo_ft.backbones.provenance import tensors_sha256
-from flamingo_ft.backbones.tower import build_visual, image_transform, non_persistent_buffers, to_picture
+from flamingo_ft.backbones.tower import (
+    MAX_ASPECT,
+    build_visual,
+    image_transform,
+    non_persistent_buffers,
+    to_picture,
+)
 from flamingo_ft.backbones.vision import VisionBackbone, load_vision
 from flamingo_ft.backbones.visual_tokens import spatial_maps, spatial_tokens, token_width
 from flamingo_ft.errors import UserError
@@ -146,6 +153,28 @@ def test_a_picture_is_what_the_tower_sees_in_8_bits(mode):
     pixels = torch.stack([image_transform(preprocess)(image)] * 2)
     seen = (255 * image_transform(neutral)(image)).round().to(torch.uint8).permute(1, 2, 0)
     assert torch.equal(to_picture(preprocess, pixels), torch.stack([seen, seen]))
+
+
+@pytest.mark.parametrize("size", [(8, 600), (601, 8), (8, 513), (8, 512), (20, 1300)], ids=str)
+def test_a_thin_image_is_seen_as_open_clip_sees_it(size):
+    preprocess = {"size": 32, "interpolation": "bicubic", "resize_mode": "shortest"}
+    reference = image_transform_v2(PreprocessCfg(**preprocess), is_train=False)
+    image = Image.effect_noise(size, 80).convert("RGB")
+    seen, expected = (
+        to_picture(preprocess, made(image)) for made in (image_transform(preprocess), reference)
+    )
+    assert (seen.int() - expected.int()).abs().max() <= 1
+
+
+def test_a_thin_image_takes_no_more_memory_than_another(monkeypatch):
+    largest = []
+    resize = Image.Image.resize
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda image, size, *rest, **named: largest.append(size) or resize(image, size)
+    )
+    preprocess = {"size": 32, "interpolation": "bicubic", "resize_mode": "shortest"}
+    assert image_transform(preprocess)(Image.new("RGB", (1, 60_000))).shape == (3, 32, 32)
+    assert largest == [(32, 32 * MAX_ASPECT)]
 
 
 # Gradients and mode

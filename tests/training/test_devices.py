@@ -78,7 +78,8 @@ def test_two_processes_equal_one_with_lora_and_accumulation(tmp_path, monkeypatc
 
 SHARDED = {
     "bridge and LoRA, checkpointed, accumulated, tiles": (
-        LORA, "train.gradient_checkpointing=true", "train.gradient_accumulation_steps=2", "data.tiles={max: 4}"
+        LORA, "train.gradient_checkpointing=true", "train.gradient_accumulation_steps=2",
+        "data.tiles={max: 4}",
     ),
     "nf4, text tags without a perceiver": (
         "model.language.quantization=nf4", "model.vision.quantization=nf4",
