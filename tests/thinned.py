@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 
-def slow(value: Any, *, id: str | None = None) -> Any:
-    """Return a parameter whose tests run with the slow ones."""
-    return pytest.param(value, marks=pytest.mark.slow, id=id)
+def slow(*values: Any, id: str | None = None) -> Any:
+    """Return a parameter, or several for one test, that runs with the slow tests."""
+    return pytest.param(*values, marks=pytest.mark.slow, id=id)
 
 
 def slow_except(plain: Iterable[Any], values: Iterable[Any]) -> list[Any]:

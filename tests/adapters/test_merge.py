@@ -151,6 +151,7 @@ def test_a_merged_model_is_written_quantized_on_request(small_run):
     assert relative_error(logits(model, processor), expected) < 0.25
 
 
+@pytest.mark.slow
 def test_large_models_are_written_in_shards(small_run, monkeypatch):
     expected = write_adapter(LORA)
     monkeypatch.setattr(merging, "LARGEST_SHARD", "1MB")
@@ -183,6 +184,7 @@ def test_a_folder_with_the_hidden_name_of_a_merge_is_not_deleted(small_run):
     assert sorted(path.name for path in Path("sub").iterdir()) == ["merged"]
 
 
+@pytest.mark.slow
 def test_a_merge_is_measured_on_eval_samples_else_training_samples_else_made_up_prompts(small_run):
     write_adapter(LORA)
     assert "made-up" in merge_adapter("adapter", "first", dtype=torch.float32)["prompts_from"]
@@ -297,6 +299,7 @@ def test_a_merged_matrix_is_rounded_once(small_run, dtype):
         assert ((written[name].double() - exact).abs() <= half_spacing).all()
 
 
+@pytest.mark.slow
 def test_the_effect_of_quantization_alone_is_measured_too(small_run):
     write_adapter(LORA, *quantized("nf4"))
     report = merge_adapter("adapter", "merged", quantization=Quantization("nf4"), margin=10.0)
@@ -322,6 +325,7 @@ def test_the_command_line_and_the_function_have_the_same_defaults():
         assert command[name].default == function[name].default, name
 
 
+@pytest.mark.slow
 def test_a_reference_model_that_runs_out_of_memory_is_left_out(small_run, monkeypatch):
     write_adapter(LORA, *quantized("nf4"))
     load = merging_quality.load_adapter

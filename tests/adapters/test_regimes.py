@@ -16,7 +16,7 @@ from flamingo_ft.hub.weight_files import ADAPTER_WEIGHTS
 from ..regimes import REGIMES, build, logits, quantized, shake, trainer
 from ..thinned import slow_except
 
-FORMS = slow_except(["none", "nf4"], ["none", "nf4", "int8"])
+FORMS = slow_except(["nf4"], ["none", "nf4", "int8"])
 
 
 def settings(regime: str, form: str) -> tuple[str, ...]:

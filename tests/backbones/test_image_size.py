@@ -21,6 +21,7 @@ from flamingo_ft.model import FlamingoForConditionalGeneration
 from flamingo_ft.plan.meta_model import meta_vision
 
 from ..model.nano import nano_flamingo
+from ..thinned import slow_except
 from .test_vision import CLIP_CFG, TOWERS, write_folder
 
 # name: configuration, another size, tokens there
@@ -36,7 +37,10 @@ SIZED = {
 }
 
 
-@pytest.fixture(params=SIZED)
+PLAIN = ("clip", "eva-rotary", "resnet")  # position embeddings that are learned, computed, none
+
+
+@pytest.fixture(params=slow_except(PLAIN, SIZED))
 def sized(request, tmp_path):
     """A tower's folder, another image size, images of it, and the number of tokens there."""
     config, size, tokens = SIZED[request.param]
@@ -57,7 +61,7 @@ def test_another_size_gives_more_or_fewer_tokens_with_the_same_weights(sized):
 
 
 # Without the ResNet: open_clip does not resize its pooling.
-@pytest.mark.parametrize("name", [name for name in SIZED if name != "resnet"])
+@pytest.mark.parametrize("name", slow_except(PLAIN, [name for name in SIZED if name != "resnet"]))
 def test_tokens_at_another_size_equal_open_clips(name, tmp_path):
     config, size, _ = SIZED[name]
     write_folder(tmp_path, config)

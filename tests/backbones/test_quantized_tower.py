@@ -26,6 +26,7 @@ from flamingo_ft.backbones.vision import VisionBackbone, load_vision
 from flamingo_ft.backbones.visual_tokens import spatial_tokens
 from flamingo_ft.errors import UserError
 from tests.backbones.test_vision import CLIP_CFG, TEXT_CFG, TOWERS, checkpoint, timm_config, write_folder
+from tests.thinned import slow_except
 
 PICTURES = Path(__file__).parents[2] / "recipes" / "quickstart" / "images"
 FORMATS = ("int8", "nf4", "fp4")
@@ -84,7 +85,7 @@ def quantized_fraction(visual: nn.Module) -> float:
     return original / (sum(parameter.numel() for parameter in visual.parameters()) - stored + original)
 
 
-@pytest.mark.parametrize("quantization_format", FORMATS)
+@pytest.mark.parametrize("quantization_format", slow_except(["nf4"], FORMATS))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_matrix_of_every_block_is_quantized_and_tokens_stay_close(family, quantization_format):
     visual, images = random_tower(FAMILIES[family]), images_for(FAMILIES[family])
@@ -153,7 +154,7 @@ def test_weights_of_an_unsupported_dtype_are_refused():
 # Loading
 
 
-@pytest.mark.parametrize("quantization_format", ["int8", "nf4"])
+@pytest.mark.parametrize("quantization_format", slow_except(["nf4"], ["int8", "nf4"]))
 @pytest.mark.parametrize(
     "name", ["clip", "clip-quickgelu", "coca", "vit", "vit-relative", "eva-rotary", "convnext"]
 )

@@ -74,6 +74,7 @@ def test_answers_are_streamed_and_end_whole(client, demo_page):
     assert all(later.startswith(earlier) for earlier, later in zip(states, states[1:], strict=False))
 
 
+@pytest.mark.slow
 def test_a_second_question_continues_the_dialogue(client, demo_page):
     first, second = demo_page.images
     conversation = Conversation(demo_page.predictor)
@@ -94,11 +95,13 @@ def test_without_the_adapter_the_same_dialogue_is_answered(demo_page):
         assert base.text == model.predictor.answer([prompt_of(turns)])[0]
 
 
+@pytest.mark.slow
 def test_an_image_without_a_question_is_captioned(client, demo_page):
     chat, _ = ask(client, "", demo_page.images[0])
     assert text_of(chat[-1]) == demo_page.predictor(demo_page.images[0])
 
 
+@pytest.mark.slow
 def test_several_images_stand_where_the_question_marks_them(client, demo_page):
     text = "First <image> then <image>. Name both."
     chat, _ = ask(client, text, *demo_page.images)
@@ -107,6 +110,7 @@ def test_several_images_stand_where_the_question_marks_them(client, demo_page):
         ask(client, text, demo_page.images[0])
 
 
+@pytest.mark.slow
 def test_decoding_options_have_the_names_and_effects_of_transformers(client, demo_page):
     options = {"max_new_tokens": 4, "temperature": 1.5, "seed": 3}
     chat, _ = ask(client, PROMPT, demo_page.images[0], **options)

@@ -17,7 +17,7 @@ from tests.thinned import slow_except
 
 from .published_towers import TOWERS, PublishedTower, put_in_small
 
-PLAIN = {"ViT-SO400M-16-SigLIP2-384", "PE-Core-L-14-336"}
+PLAIN = {"PE-Core-L-14-336"}
 
 
 @pytest.fixture

@@ -127,7 +127,7 @@ def all_tensors(model: nn.Module) -> Iterator[Tensor]:
         yield from (tensor for tensor in scales if isinstance(tensor, Tensor))
 
 
-COMMON_CASES = ("defaults", "nf4, LoRA alone, checkpointing", "dpo, nf4, LoRA, checkpointing")
+COMMON_CASES = ("defaults", "nf4, LoRA alone, checkpointing")
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -189,7 +189,11 @@ def test_checkpointing_never_needs_more(device, overrides):
 
 @pytest.mark.parametrize(
     "override",
-    ["train.optimizer=adamw_8bit", "train.optimizer_in_backward=true", "train.activation_offload=true"],
+    [
+        "train.optimizer=adamw_8bit",
+        slow("train.optimizer_in_backward=true"),
+        slow("train.activation_offload=true"),
+    ],
 )
 def test_a_memory_switch_never_needs_more(override):
     assert planned(override).peak <= planned().peak
@@ -335,6 +339,7 @@ def test_a_suggested_saving_is_what_a_new_plan_saves(monkeypatch):
     assert small.fits(before)
 
 
+@pytest.mark.slow
 def test_a_run_that_fits_every_gpu_gets_no_suggestions():
     planner = Planner(quickstart(), "cuda", text_tokens=16, images=1)
     assert suggest_changes(planner, planner.plan(planner.recipe)) == []
@@ -354,7 +359,8 @@ def test_the_command_prints_tables_or_the_same_as_json(capsys):
     assert torch.cuda.is_available() or record["cpu"]["peak"] > 0
 
 
-@pytest.mark.parametrize("device", ["cuda", slow("cpu")])
+@pytest.mark.slow
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_a_large_batch_is_planned_from_two_smaller_ones(device, monkeypatch):
     sizes = {"text_tokens": 42, "images": 2}
     large = quickstart("train.batch_size=48")

@@ -13,6 +13,7 @@ from flamingo_ft.errors import StoppedBySignal, UserError
 from flamingo_ft.evaluation.image_loss_gap import ImageLossGap
 from flamingo_ft.report import curves, final_report, gates, write_report
 from tests.regimes import recipe, write_run
+from tests.thinned import slow
 
 pytestmark = pytest.mark.usefixtures("whole_runs")
 
@@ -84,7 +85,7 @@ def test_the_page_of_a_finished_run_shows_its_accuracies_and_does_not_reload(fol
     "error, shown",
     [
         (StoppedBySignal(15, 4), "stopped at step 4 of 8 by SIGTERM"),
-        (UserError("loss is nan\nmore"), "by an error: loss is nan"),
+        slow(UserError("loss is nan\nmore"), "by an error: loss is nan"),
     ],
 )
 def test_the_page_of_a_stopped_run_names_the_signal_or_error(folder, error, shown):
@@ -213,8 +214,8 @@ def test_no_report_is_written_if_no_run_began(tmp_path):
     ("method", "caption"),
     [
         ("sft", "Cross-entropy of the reference answers"),
-        ("dpo", "The preference loss"),
-        ("kto", "The loss of good and bad"),
+        slow("dpo", "The preference loss"),
+        slow("kto", "The loss of good and bad"),
         ("grpo", "In training the policy loss"),
     ],
 )

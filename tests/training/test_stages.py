@@ -337,12 +337,9 @@ def test_a_changed_recipe_is_refused_with_its_stage(whole, copied):
         train(load_recipe(whole / "recipe.yaml", ["stages.1.train.batch_size=1"]), resume=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("folder", "moment"),
-    [
-        pytest.param("1-bridge", "metrics.json", id="between"),
-        pytest.param("2-lora", "checkpoints/step-2", id="in", marks=pytest.mark.slow),
-    ],
+    ("folder", "moment"), [("1-bridge", "metrics.json"), ("2-lora", "checkpoints/step-2")]
 )
 def test_a_run_killed_between_two_stages_or_in_the_second_resumes_bit_for_bit(
     whole, tmp_path, folder, moment
