@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .core import FlamingoCore
 from .cross_attention import MaskedCrossAttention
 from .perceiver import PerceiverAttention, PerceiverResampler
+from .sight import Sight
 from .tiles import UNTILED, Grid
 
 
@@ -167,10 +168,10 @@ def _record_block(
     x: Tensor,
     key: Tensor,
     value: Tensor,
-    visible: Tensor,
+    sight: Sight,
 ) -> None:
     if len(x) != 1:
         raise ValueError(f"record_attention: got {len(x)} rows of text; pass one sample")
-    weights = attention.weights(x, key, visible).mean(1)
+    weights = attention.weights(x, key, sight).mean(1)
     media = sum(len(call.slots) for call in record.perceiver)
     record.blocks[index] = weights[0].unflatten(-1, (media, -1)).cpu()

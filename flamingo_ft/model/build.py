@@ -17,10 +17,10 @@ from flamingo_ft.backbones.vision import VisionBackbone, recipe_tower_config
 from flamingo_ft.config import DataSection, ModelSection, Recipe
 
 from .added_tokens import EOC_TOKEN, MEDIA_TOKEN, add_media_tokens, grow_vocabulary, token_id
-from .conditioning import Visibility
 from .configuration import FlamingoConfig
 from .modeling import FlamingoForConditionalGeneration
 from .processor import FlamingoProcessor
+from .sight import Visibility
 from .tile_tags import tile_tag_ids, tile_tags
 from .tiles import Tiling
 

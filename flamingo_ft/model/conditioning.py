@@ -15,9 +15,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,86 +27,8 @@ from flamingo_ft.backbones.decoder_layers import residual_streams
 
 from .compat import in_backward
 from .language_model_inputs import get_cache
+from .sight import Media, Sight, Visibility, repeat_rows
 from .tile_tags import tag_of_tokens
-
-Visibility = Literal["immediate", "all_preceding", "following"]
-
-
-@dataclass(eq=False)
-class Media:
-    """The encoded media of B samples, made once per forward or generation, or for a cached prompt.
-
-    latents (B, M, L, D), None if the whole batch is text; counts (B,): how many of the M each sample has;
-    lengths (B, M): how many of the L each medium has, the rest being padding, None if all have L; tags (B, M,
-    L): which text tag of tiles sees each latent (`tile_tags`), None if each medium is one view;
-    keys_values: the projected latents per decoder layer and autocast state, filled in by inference on first
-    use.
-    """
-
-    latents: Tensor | None
-    counts: Tensor
-    lengths: Tensor | None = None
-    tags: Tensor | None = None
-    keys_values: dict[tuple[int, bool], list[Tensor]] = field(default_factory=dict)
-
-    def __deepcopy__(self, memo: dict) -> Media:
-        """Return self: copies of a cache (one prompt, many continuations) share their media."""
-        return self
-
-    def visible(
-        self,
-        times: Tensor,
-        is_media: Tensor,
-        visibility: Visibility,
-        documents: Tensor | None = None,
-        tags: Tensor | None = None,
-    ) -> Tensor | None:
-        """Return which media each token sees: text times and media-token mask (R, T) -> (R, T, M) bool.
-
-        If media differ in their latents, or tokens in what they see of one, return which latents they see
-        instead, (R, T, M * L). documents (R, T): in packed rows, the document of each token; a token sees
-        only media of its own document. tags (R, T): which text tag of tiles each token is, -1 for none; a tag
-        sees its view of the medium before it.
-        """
-        if self.latents is None:
-            return None
-        slot = torch.arange(1, self.latents.shape[1] + 1, device=times.device)
-        target = (times + ~is_media if visibility == "following" else times)[..., None]
-        seen = slot <= target if visibility == "all_preceding" else slot == target
-        if tags is not None:
-            seen = torch.where((tags >= 0)[..., None], slot == times[..., None], seen)
-        counts = repeat_rows(self.counts, len(times))
-        seen = seen & (slot <= counts[:, None, None])
-        if documents is not None:
-            owner = documents_of_media(times, is_media, documents, len(slot))
-            seen = seen & (documents[..., None] == owner[:, None])
-        if self.lengths is None and tags is None:
-            return seen
-        assert self.latents is not None
-        places = torch.arange(self.latents.shape[2], device=seen.device)
-        seen = seen[..., None].expand(*seen.shape, len(places))
-        if self.lengths is not None:
-            seen = seen & (places < repeat_rows(self.lengths, len(times))[:, None, :, None])
-        if tags is not None:
-            seen = seen & self._in_view(tags)
-        return seen.flatten(2)
-
-    def _in_view(self, tags: Tensor) -> Tensor:
-        """Return which latents are in the view of each tag, (R, T, M, L) or broadcast to it.
-
-        tags (R, T): see `visible`; the other tokens see all views.
-        """
-        tag = tags[:, :, None, None]
-        if self.tags is None:  # each medium is one view, that of the first tag
-            return tag <= 0
-        return (tag < 0) | (repeat_rows(self.tags, len(tags))[:, None] == tag)
-
-
-def documents_of_media(times: Tensor, is_media: Tensor, documents: Tensor, slots: int) -> Tensor:
-    """Return the document (R, slots) that the media token of each medium is in; the arguments are (R, T)."""
-    # Text tokens write to a spare slot, which is cut off.
-    index = torch.where(is_media, times - 1, slots).clamp(max=slots)
-    return documents.new_zeros(len(documents), slots + 1).scatter(1, index, documents)[:, :slots]
 
 
 @dataclass(eq=False)
@@ -125,12 +47,11 @@ class Past:
 class _Call:
     """One forward of the language model.
 
-    times (R, S): text times up to its last token. visible (R, T, M or M * L): which media or latents its T
-    tokens see.
+    times (R, S): text times up to its last token. sight: what its T tokens see, None for plain text.
     """
 
     times: Tensor
-    visible: Tensor | None
+    sight: Sight | None
 
 
 def past_of(cache: object | None) -> Past | None:
@@ -227,8 +148,8 @@ class MediaConditioning:
         before, start = self._times_before(media, is_media, cache)
         times = start[:, None] + is_media.cumsum(-1)
         tags = tag_of_tokens(input_ids, self.tile_tag_ids) if self.tile_tag_ids else None
-        visible = media.visible(times, is_media, self.visibility, documents, tags)
-        self._now.call = _Call(torch.cat([before, times], dim=1), visible)
+        sight = media.sight(times, is_media, self.visibility, documents, tags=tags)
+        self._now.call = _Call(torch.cat([before, times], dim=1), sight)
 
     def finish(self, cache: Any) -> None:
         """End one forward and store its media and text times on the cache that it filled."""
@@ -284,7 +205,7 @@ class MediaConditioning:
             _refuse_recomputation()
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
-        hidden = self._into_streams(hidden, lambda x: self._cross_attend(index, x, media, call.visible))
+        hidden = self._into_streams(hidden, lambda x: self._cross_attend(index, x, media, call.sight))
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
     def _into_streams(self, hidden: Tensor, block: Callable[[Tensor], Tensor]) -> Tensor:
@@ -294,16 +215,16 @@ class MediaConditioning:
         mean = self._streams.mean(hidden)
         return self._streams.add(hidden, block(mean) - mean)
 
-    def _cross_attend(self, index: int, hidden: Tensor, media: Media, visible: Tensor | None) -> Tensor:
+    def _cross_attend(self, index: int, hidden: Tensor, media: Media, sight: Sight | None) -> Tensor:
         """Run the block before decoder layer ``index``; without gradients, keep its keys and values."""
         block: Any = self.blocks[index]
-        if visible is not None:
+        if sight is not None:
             # In generate, layers that reuse the keys and values of others (Gemma 4) get the last token only.
-            visible = visible[:, -hidden.shape[1] :]
+            sight = sight.last(hidden.shape[1])
         if media.latents is None or torch.is_grad_enabled():
-            return block(block.entry(hidden), media.latents, visible)[0]
+            return block(block.entry(hidden), media.latents, sight)[0]
         key = index, torch.is_autocast_enabled(hidden.device.type)
-        hidden, *keys_values = block(hidden, media.latents, visible, *media.keys_values.get(key, ()))
+        hidden, *keys_values = block(hidden, media.latents, sight, *media.keys_values.get(key, ()))
         media.keys_values[key] = keys_values
         return hidden
 
@@ -327,12 +248,3 @@ def _refuse_recomputation() -> None:
             "a checkpoint wrapper recomputes a decoder layer together with its hooks, and the bridge would "
             "get no gradient; use the model's activation_checkpointing_enable() instead"
         )
-
-
-def repeat_rows(x: Tensor, rows: int) -> Tensor:
-    """Repeat each row of ``x`` for the beams or sequences of its sample: (B, ...) -> (rows, ...)."""
-    if rows % len(x):
-        raise ValueError(
-            f"got {rows} rows of text for {len(x)} rows of media; pass the media of each row of text"
-        )
-    return x.repeat_interleave(rows // len(x), dim=0)

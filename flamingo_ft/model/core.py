@@ -16,7 +16,7 @@ from transformers import LogitsProcessorList, PreTrainedModel, SuppressTokensLog
 from flamingo_ft.backbones.decoder_layers import find_decoder_layers, hidden_size
 from flamingo_ft.errors import UserError
 
-from .conditioning import Media, MediaConditioning, Visibility, cache_length, past_of, repeat_rows
+from .conditioning import MediaConditioning, cache_length, past_of
 from .cross_attention import GatedCrossAttentionBlock
 from .language_model_inputs import get_cache, name_cache
 from .media import (
@@ -30,6 +30,7 @@ from .media import (
     positions_in_documents,
 )
 from .perceiver import PerceiverResampler
+from .sight import Media, Visibility, repeat_rows
 from .token_rows import TokenRows
 
 

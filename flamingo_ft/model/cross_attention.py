@@ -19,6 +19,7 @@ from .layers import (
     merge_heads,
     split_heads,
 )
+from .sight import Group, Sight
 
 
 class MaskedCrossAttention(nn.Module):
@@ -33,32 +34,53 @@ class MaskedCrossAttention(nn.Module):
         self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
 
     def project(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Project latents (B, M, L, V) to keys and values, each (B, H, M * L, d)."""
-        key, value = self.to_kv(latents.flatten(1, 2).to(self.norm.weight.dtype)).chunk(2, dim=-1)
+        """Project latents (B, M, L, V) to keys and values, each (B, M, H, L, d)."""
+        key, value = self.to_kv(latents.to(self.norm.weight.dtype)).chunk(2, dim=-1)
         return split_heads(key, self.heads), split_heads(value, self.heads)
 
-    def forward(self, x: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
-        """x (R, T, D); key, value (B, H, M * L, d); visible (R, T, M or M * L) bool -> (R, T, D)."""
-        query, visible = self._query(x, key, visible)
-        return self.to_out(merge_heads(attend(query, key, value, visible))).reshape(x.shape)
+    def forward(self, x: Tensor, key: Tensor, value: Tensor, sight: Sight) -> Tensor:
+        """x (R, T, D); key, value (B, M, H, L, d) -> (R, T, D)."""
+        if sight.groups is None:
+            query, key, seen = self._all_media(x, key, sight)
+            attended = attend(query, key, _join_media(value), seen)
+            return self.to_out(merge_heads(attended)).reshape(x.shape)
+        flat, tokens = x.flatten(0, 1), sight.tokens
+        query = self.to_q(self.norm(flat if tokens is None else flat[tokens])).unflatten(-1, (self.heads, -1))
+        parts = query.split([len(group.tokens) for group in sight.groups])
+        attended = torch.cat([_attend(*one, key, value) for one in zip(sight.groups, parts, strict=True)])
+        output = self.to_out(attended)
+        if tokens is not None:
+            output = output.new_zeros(flat.shape).index_copy(0, tokens, output)
+        return output.view(x.shape)
 
-    def weights(self, x: Tensor, key: Tensor, visible: Tensor) -> Tensor:
+    def weights(self, x: Tensor, key: Tensor, sight: Sight) -> Tensor:
         """Return the attention weights of `forward` in float32: (B, H, R / B * T, M * L)."""
-        query, visible = self._query(x, key, visible)
-        return attention_weights(query, key, visible)
+        return attention_weights(*self._all_media(x, key, sight))
 
-    def _query(self, x: Tensor, key: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the queries (B, H, R / B * T, d), and which latents they see (B, 1, R / B * T, M * L).
+    def _all_media(self, x: Tensor, key: Tensor, sight: Sight) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries (B, H, R / B * T, d), keys (B, H, M * L, d), and which a query sees (B, 1, ., .).
 
         The R / B rows of a sample are adjacent and become one long query, so that the keys and values of a
         sample are stored once however many beams there are.
         """
-        samples = len(key)
-        latents_per_column = key.shape[2] // visible.shape[2]  # 1 if they are masked one by one
-        query = self.to_q(self.norm(x)).reshape(samples, -1, self.heads * key.shape[-1])
-        visible = visible.reshape(samples, 1, -1, visible.shape[2])
-        visible = visible.repeat_interleave(latents_per_column, dim=-1)
-        return split_heads(query, self.heads), visible
+        query = self.to_q(self.norm(x)).reshape(len(key), -1, self.heads * key.shape[-1])
+        seen = sight.latents_seen.reshape(len(key), 1, query.shape[1], -1)
+        return split_heads(query, self.heads), _join_media(key), seen
+
+
+def _join_media(x: Tensor) -> Tensor:
+    """(B, M, H, L, d) -> (B, H, M * L, d)."""
+    return x.transpose(1, 2).flatten(2, 3)
+
+
+def _attend(group: Group, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Let the tokens of a group attend to the medium that each sees.
+
+    query (N, H, d); key, value (B, M, H, L, d) -> (N, H * d).
+    """
+    key, value = (x.flatten(0, 1)[group.media] for x in (key, value))
+    attended = attend(group.to_table(query).transpose(1, 2), key, value, group.mask)
+    return group.from_table(merge_heads(attended))
 
 
 class GatedCrossAttentionBlock(CheckpointedBlock):
@@ -75,11 +97,11 @@ class GatedCrossAttentionBlock(CheckpointedBlock):
         self,
         hidden: Tensor,
         latents: Tensor | None,
-        visible: Tensor | None,
+        sight: Sight | None,
         key: Tensor | None = None,
         value: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """hidden (R, T, D); latents (B, M, L, V) or None for text without media; visible: see `Media`.
+        """hidden (R, T, D); latents (B, M, L, V) and ``sight``, or None for text without media.
 
         Returns hidden, and the keys and values, which a later call over the same media may pass to skip the
         projection. The feed-forward applies to text without media too, as in OpenFlamingo.
@@ -87,7 +109,7 @@ class GatedCrossAttentionBlock(CheckpointedBlock):
         x = hidden.to(self.attn.norm.weight.dtype)
         if latents is not None:
             key, value = (key, value) if key is not None else self.attn.project(latents)
-            x = x + _tanh_gate(self.attn_gate, x) * self.attn(x, key, value, visible)
+            x = x + _tanh_gate(self.attn_gate, x) * self.attn(x, key, value, sight)
         x = x + _tanh_gate(self.ff_gate, x) * self.ff(x)
         return x.to(hidden.dtype), key, value
 

@@ -20,8 +20,8 @@ def feed_forward(width: int, mult: int) -> nn.Sequential:
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
-    """(B, N, heads * d) -> (B, heads, N, d)."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    """(..., N, heads * d) -> (..., heads, N, d)."""
+    return x.unflatten(-1, (heads, -1)).transpose(-3, -2)
 
 
 def merge_heads(x: Tensor) -> Tensor:

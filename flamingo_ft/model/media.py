@@ -16,8 +16,9 @@ from torch.distributed.fsdp import FSDPModule
 from flamingo_ft.backbones.visual_tokens import spatial_tokens
 from flamingo_ft.errors import UserError
 
-from .conditioning import Media, Past, documents_of_media, repeat_rows
+from .conditioning import Past
 from .perceiver import PerceiverResampler
+from .sight import Media, documents_of_media, repeat_rows
 from .tile_tags import tags_of_latents
 from .tiles import UNTILED, Grid
 
@@ -210,7 +211,7 @@ def media_positions(before: Tensor, slots: int) -> Tensor:
 def positions_in_documents(is_media: Tensor, documents: Tensor, slots: int) -> Tensor:
     """Return the positions (B, slots) of media within their documents.
 
-    is_media, documents (B, T): see `Media.visible`.
+    is_media, documents (B, T): see `Media.sight`.
     """
     owner = documents_of_media(is_media.cumsum(-1), is_media, documents, slots)
     earlier = torch.ones(slots, slots, dtype=torch.bool, device=owner.device).tril(-1)

@@ -16,7 +16,6 @@ from flamingo_ft.backbones.vision import load_vision
 
 from .added_tokens import EOC_TOKEN, MEDIA_TOKEN, add_media_tokens, grow_vocabulary, token_id
 from .compat import IncompatibleKeys, checkpoint_block
-from .conditioning import Visibility
 from .core import FlamingoCore
 from .language_model_inputs import language_model_inputs
 from .layers import CheckpointedBlock
@@ -24,6 +23,7 @@ from .media import media_input
 from .open_flamingo_checkpoints import is_open_flamingo, load_open_flamingo
 from .pretrained import mark_quantized
 from .processor import FlamingoImageProcessor
+from .sight import Visibility
 
 
 class Flamingo(FlamingoCore):

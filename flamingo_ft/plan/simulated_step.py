@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from math import ceil
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +19,9 @@ from flamingo_ft.adapters.trainable import frozen_copy
 from flamingo_ft.backbones.visual_tokens import spatial_tokens
 from flamingo_ft.config import TrainSection
 from flamingo_ft.model import FlamingoForConditionalGeneration
-from flamingo_ft.model.conditioning import Media
 from flamingo_ft.model.media import MediaInput, no_media
 from flamingo_ft.model.parts import is_orthogonalized
+from flamingo_ft.model.sight import Group, Media, Sight
 from flamingo_ft.model.tiles import UNTILED
 
 from .compat import LOGPROB_CHUNK_SIZE
@@ -301,7 +302,29 @@ def _encode_full_media(
     encoded = model.perceiver(tokens[None], slots[None], grid)[0]
     latents = encoded.new_zeros(samples, images, *encoded.shape[1:])
     latents[rows, slots] = encoded
-    return Media(latents, input_ids.new_full((samples,), images))
+    return _FullMedia(latents, input_ids.new_full((samples,), images))
+
+
+class _FullMedia(Media):
+    """Media of which equally many tokens see each: which they are, ids without content cannot tell."""
+
+    def sight(self, times: Tensor, *_: Any, tags: Tensor | None = None, **__: Any) -> Sight:
+        """Return what each token sees."""
+        assert self.latents is not None
+        seen = times.new_ones(*times.shape, self.latents.shape[1], dtype=torch.bool)
+        return _FullSight(self, seen, tags, one_medium=True)
+
+
+class _FullSight(Sight):
+    @property
+    def tokens(self) -> Tensor:
+        """An equal share of the tokens for each medium."""
+        rows, tokens, media = self.seen.shape
+        return torch.arange(rows * media * max(1, tokens // media))
+
+    def unmasked_groups(self) -> Iterator[Group]:
+        """Yield one group, of all media."""
+        yield Group(self.tokens, slice(None), self.seen[:, 0].numel())
 
 
 def _allocation_block(device: Device) -> int:

@@ -76,7 +76,7 @@ def test_scores_equal_the_logits_of_the_whole_text(predictor, prompts, with_end,
     scores = predictor.rank(prompts, LABELS, with_end=with_end, on_batch=done.append)
     for prompt, row in zip(prompts, scores, strict=True):
         whole = [expected(predictor, prompt, label, with_end) for label in LABELS]
-        torch.testing.assert_close(row, torch.tensor(whole), rtol=0, atol=2e-5)
+        torch.testing.assert_close(row, torch.tensor(whole), rtol=1e-6, atol=2e-5)  # sums of float32
     assert sum(done) == len(prompts) and scores[0].argmax() == torch.tensor(whole).argmax()
 
 

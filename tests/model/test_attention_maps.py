@@ -70,28 +70,29 @@ VARIANTS = {
 def test_weights_times_values_are_the_output_of_every_attention_of_the_bridge(variant, tmp_path):
     model = VARIANTS[variant](tmp_path)
     pairs: list[tuple[Tensor, Tensor]] = []
-    inside: list[Tensor] = []
 
-    def expect(attention, args):
+    def compare(attention, args, output):
         if isinstance(attention, MaskedCrossAttention):
-            value, weights = args[2], attention.weights(args[0], args[1], args[3])
+            x, key, value, sight = args
+            value = value.transpose(1, 2).flatten(2, 3)  # all media side by side
+            weights = attention.weights(x, key, sight)
         else:
             tokens, latents = args
             seen = torch.cat([attention.norm_media(tokens), attention.norm_latents(latents)], 1)
             value = attention.to_kv(seen).chunk(2, -1)[1].unflatten(-1, (attention.heads, -1)).transpose(1, 2)
             weights = attention.weights(*args)
-        inside.append((weights @ value.float()).transpose(1, 2).flatten(2))
+        expected = attention.to_out((weights @ value.float()).transpose(1, 2).flatten(2).to(output.dtype))
+        pairs.append((output.float().view_as(expected), expected.float()))
 
     for module in model.modules():
         if isinstance(module, (MaskedCrossAttention, PerceiverAttention)):
-            module.register_forward_pre_hook(expect)
-            module.to_out.register_forward_pre_hook(lambda _, args: pairs.append((args[0], inside[-1])))
+            module.register_forward_hook(compare)
     with torch.no_grad():
         model(input_ids=TEXT, pixel_values=images(1, 2))
     assert len(pairs) >= 4
     tolerance = {"rtol": 2e-2, "atol": 2e-2} if variant == "bf16" else {"rtol": 1e-4, "atol": 1e-5}
     for actual, expected in pairs:
-        torch.testing.assert_close(expected, actual.float().view_as(expected), **tolerance)
+        torch.testing.assert_close(actual, expected, **tolerance)
 
 
 def softmax_of(query: Tensor, key: Tensor, heads: int, seen: Tensor | None = None) -> Tensor:
@@ -133,9 +134,12 @@ def expected_maps(model, tokens: Tensor) -> Tensor:
                     keys = module.to_kv(seen).chunk(2, -1)[0]
                     own.append(softmax_of(module.to_q(latents), keys, module.heads))
             else:
-                x, key, _, visible = args
-                keys, queries = key[0].transpose(0, 1).flatten(1), module.to_q(module.norm(x[0]))
-                seen = visible[0].repeat_interleave(len(keys) // media, -1)
+                x, key, _, sight = args
+                keys, queries = (
+                    key[0].transpose(1, 2).flatten(0, 1).flatten(1),
+                    module.to_q(module.norm(x[0])),
+                )
+                seen = sight.seen[0].repeat_interleave(len(keys) // media, -1)
                 blocks.append(softmax_of(queries, keys, module.heads, seen))
     held = torch.eye(per_frame, dtype=torch.float64).repeat(media, 1, frames) / frames
     if reads[0]:
