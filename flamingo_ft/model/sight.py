@@ -131,8 +131,11 @@ class Sight:
         """Return what the last ``tokens`` of each row see."""
         if tokens == self.seen.shape[1]:
             return self
-        tags = None if self.tags is None else self.tags[:, -tokens:]
-        return Sight(self.media, self.seen[:, -tokens:], tags, self.one_medium)
+        seen, tags = self.seen[:, -tokens:], None if self.tags is None else self.tags[:, -tokens:]
+        if seen.shape[1] == 1:  # transformers' RWKV makes B tokens of one when it continues B rows
+            seen = seen.expand(-1, tokens, -1)
+            tags = None if tags is None else tags.expand(-1, tokens)
+        return Sight(self.media, seen, tags, self.one_medium)
 
     @cached_property
     def latents_seen(self) -> Tensor:
