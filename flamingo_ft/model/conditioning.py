@@ -1,4 +1,4 @@
-"""Which token sees which media: the one owner of the media state of a language model's forward.
+"""The hooks through which tokens see media: the one owner of the media state of a language model's forward.
 
 Hooks on the unchanged language model call a `MediaConditioning`, which does nothing until a forward or a
 generation opens a `Media`, and which drops it afterwards, also after an error. Which image a token attends to

@@ -79,8 +79,8 @@ def _attend(group: Group, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     query (N, H, d); key, value (B, M, H, L, d) -> (N, H * d).
     """
     key, value = (x.flatten(0, 1)[group.media] for x in (key, value))
-    attended = attend(group.to_table(query).transpose(1, 2), key, value, group.mask)
-    return group.from_table(merge_heads(attended))
+    attended = attend(group.pad(query).transpose(1, 2), key, value, group.mask)
+    return group.unpad(merge_heads(attended))
 
 
 class GatedCrossAttentionBlock(CheckpointedBlock):

@@ -88,12 +88,11 @@ def repeat_rows(x: Tensor, rows: int) -> Tensor:
 
 @dataclass(eq=False)
 class Group:
-    """Tokens that attend in one call: those of media that about equally many tokens see.
+    """Tokens that attend in one call, padded: those of media that about equally many tokens see.
 
     tokens (N,): their indices among the R * T, medium by medium, on the host. media: the G indices among the
-    B * M, as a slice if they are equally spaced. count: G. real (G, S): which places of a table with a row
-    for each medium are taken by tokens, None for all. mask (G, 1, S or 1, L): which latents each sees, None
-    for all.
+    B * M, as a slice if they are equally spaced. count: G. real (G, S): which of the padded tokens are not
+    padding, None for all. mask (G, 1, S or 1, L): which latents each sees, None for all.
     """
 
     tokens: Tensor
@@ -102,16 +101,16 @@ class Group:
     real: Tensor | None = None
     mask: Tensor | None = None
 
-    def to_table(self, values: Tensor) -> Tensor:
-        """Return the values (N, ...) of the tokens medium by medium, (G, S, ...); padding has any values."""
+    def pad(self, values: Tensor) -> Tensor:
+        """Return the values (N, ...) of the tokens by medium, (G, S, ...); those of padding are arbitrary."""
         if self.real is None:
             return values.unflatten(0, (self.count, -1))
         place = self.real.flatten().cumsum(0).sub(1).clamp(min=0)
         return values[place].unflatten(0, self.real.shape)
 
-    def from_table(self, table: Tensor) -> Tensor:
-        """Invert `to_table`."""
-        return table.flatten(0, 1) if self.real is None else table[self.real]
+    def unpad(self, padded: Tensor) -> Tensor:
+        """Invert `pad`."""
+        return padded.flatten(0, 1) if self.real is None else padded[self.real]
 
 
 @dataclass(eq=False)
@@ -183,7 +182,7 @@ class Sight:
             lengths = self.media.lengths.flatten()[group.media]
             group.mask = torch.arange(self._latents, device=lengths.device) < lengths[:, None, None, None]
         if self.tags is not None:
-            tags = group.to_table(self.tags.flatten()[group.tokens.to(self.tags.device)])[:, None, :, None]
+            tags = group.pad(self.tags.flatten()[group.tokens.to(self.tags.device)])[:, None, :, None]
             views = self.media.tags
             views = None if views is None else views.flatten(0, 1)[group.media][:, None, None]
             in_view = _in_view(tags, views)
@@ -208,7 +207,7 @@ def group_tokens(medium: Tensor) -> Iterator[Group]:
     """Yield the groups of tokens (R * T,) by the index of the medium that each sees, -1 for none.
 
     Media are grouped by the number of tokens that see them, rounded up to a power of two, so that less than
-    half of a table is padding.
+    half of a group is padding.
     """
     device, medium = medium.device, medium.cpu()  # how many groups there are is decided on the host
     tokens = (medium >= 0).nonzero()[:, 0]
@@ -220,8 +219,8 @@ def group_tokens(medium: Tensor) -> Iterator[Group]:
         step = torch.arange(int(counts[chosen].max()))
         real = step < counts[chosen, None]
         group = tokens[(starts[chosen, None] + step)[real]]
-        table = None if real.all() else real.to(device)
-        yield Group(group, _as_slice(media[chosen], device), len(chosen), table)
+        padding = None if real.all() else real.to(device)
+        yield Group(group, _as_slice(media[chosen], device), len(chosen), padding)
 
 
 def _as_slice(indices: Tensor, device: torch.device) -> Tensor | slice:

@@ -65,13 +65,13 @@ def test_groups_attend_as_one_masked_attention_does(size):
 
 
 @given(st.lists(st.integers(-1, 6), min_size=1, max_size=60))
-def test_every_token_is_in_the_group_of_its_medium_and_less_than_half_of_a_table_is_padding(medium):
+def test_every_token_is_in_the_group_of_its_medium_and_less_than_half_of_a_group_is_padding(medium):
     grouped = {}
     for group in group_tokens(torch.tensor(medium)):
-        table = group.to_table(group.tokens)
-        real = torch.ones_like(table, dtype=torch.bool) if group.real is None else group.real
-        assert real.sum() > real.numel() / 2 and torch.equal(group.from_table(table), group.tokens)
-        for one, row, kept in zip(torch.arange(7)[group.media].tolist(), table, real, strict=True):
+        padded = group.pad(group.tokens)
+        real = torch.ones_like(padded, dtype=torch.bool) if group.real is None else group.real
+        assert real.sum() > real.numel() / 2 and torch.equal(group.unpad(padded), group.tokens)
+        for one, row, kept in zip(torch.arange(7)[group.media].tolist(), padded, real, strict=True):
             grouped |= dict.fromkeys(row[kept].tolist(), one)
     assert grouped == {token: one for token, one in enumerate(medium) if one >= 0}
 
