@@ -196,9 +196,10 @@ class Sight:
 
 
 def _in_view(tags: Tensor, views: Tensor | None) -> Tensor:
-    """Return which latents are in the view of each tag; the tokens that are none, -1, see all views.
+    """Return which latents each token sees within its medium: a tag those of its view, other tokens all.
 
-    tags (..., 1); views (..., L): the tag of each latent, None if each medium is one view, that of tag 0.
+    tags (..., 1): -1 for a token that is not a tag; views (..., L): the tag of each latent, None if each
+    medium is one view, that of tag 0.
     """
     return tags <= 0 if views is None else (tags < 0) | (views == tags)
 

@@ -316,6 +316,8 @@ class _FullMedia(Media):
 
 
 class _FullSight(Sight):
+    """The sight of `_FullMedia`."""
+
     @property
     def tokens(self) -> Tensor:
         """An equal share of the tokens for each medium."""

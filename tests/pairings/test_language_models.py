@@ -20,9 +20,8 @@ from tests.thinned import slow_except
 
 from .published_models import MODELS, PublishedModel, write_model
 
-# One of every kind: attention with a window, layers that share keys and values, a mixture of experts with a
-# state space, convolutions, rotary embedding of part of a head, linear attention, layers without positions.
-PLAIN = {"gemma4_text", "granitemoehybrid", "qwen3_5_text"}  # each unlike the others
+# Layers that share keys and values, a mixture of experts with a state space, linear attention.
+PLAIN = {"gemma4_text", "granitemoehybrid", "qwen3_5_text"}
 OVERRIDES = ("model.language.name=./lm", LORA, "train.max_steps=2", "train.warmup_steps=0")
 QUESTION = [user(IMAGE, "Which shade is it, dark or light, and how sure are you of that?")]
 
