@@ -4,6 +4,7 @@ import shutil
 import pytest
 import torch
 
+from flamingo_ft.backbones import precision
 from flamingo_ft.report import page
 from flamingo_ft.training import train
 
@@ -32,6 +33,14 @@ def lean_runs():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(page, "save_figures", lambda run: {})
         patch.setattr(train, "memory_notice", lambda recipe: "memory: not planned (a test)")
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def float32_by_default():
+    """Compute in float32 on every processor where a test does not name a dtype."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precision, "cpu_has_bf16", lambda: False)
         yield
 
 

@@ -23,7 +23,7 @@ from flamingo_ft.hub import existing_path, fetch_model
 from flamingo_ft.hub.names import BACKBONE_KEYS, strip_local_paths
 from flamingo_ft.hub.weight_files import ADAPTER_CONFIG
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration
-from flamingo_ft.model.parts import in_bridge
+from flamingo_ft.model.parts import cast_model, in_bridge
 from flamingo_ft.model.pretrained import AdapterFolders
 from flamingo_ft.processes import default_device
 from flamingo_ft.templates import load_template
@@ -43,7 +43,6 @@ from .files import (
 from .init_from import bridge_tensors, load_bridge_as_stored
 from .load import assemble_backbones, assemble_model, load_adapter
 from .lora import targets_vision
-from .merge import cast_model
 from .save import reset_name_or_path, save_processor
 
 # Options that do not change what is loaded: from transformers' own callers, or about where files are.

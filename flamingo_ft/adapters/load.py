@@ -23,7 +23,7 @@ from flamingo_ft.hub import fetch_model
 from flamingo_ft.hub.weight_files import is_whole_model
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo_ft.model.added_tokens import grow_vocabulary
-from flamingo_ft.model.parts import BRIDGE, is_lora, trainable_parameters
+from flamingo_ft.model.parts import BRIDGE, cast_model, is_lora, trainable_parameters
 from flamingo_ft.model.pretrained import mark_quantized
 from flamingo_ft.model.sharding import copy_into, reshard
 from flamingo_ft.processes import default_device
@@ -54,6 +54,7 @@ def load_adapter(
     start: str | Path | None = None,
     device: torch.device | str | None = None,
     quantized: bool | Quantization = True,
+    dtype: torch.dtype | None = None,
 ) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
     """Load an adapter with its base; return the model and its processor.
 
@@ -64,49 +65,63 @@ def load_adapter(
         start: where the bridge that the adapter builds on is now, if not at its recorded path.
         device: default: the GPU if there is one.
         quantized: the base as in training (True), unquantized (False), or with this quantization.
+        dtype: of all weights but gates and quantized ones; None: the adapter's as saved, the tower's float32,
+            the language model's its checkpoint's on a GPU and float32 on a CPU.
 
     Raises:
         UserError: the folder is not an adapter, the base is not the one that it was trained on, or weights
             are missing, damaged or do not fit.
     """
     folder = fetch_model(folder)
-    model = load_base(folder, start=start, device=device, quantized=quantized)
+    model = load_base(folder, start=start, device=device, quantized=quantized, dtype=dtype)
     processor = read_processor(folder)
     load_adapter_into(model, folder)
+    if dtype is not None:
+        cast_model(model, dtype)
     use_greedy_decoding(model, processor)
     return model.eval().requires_grad_(False), processor
 
 
 def load_trained(
-    folder: str | Path, *, quantization: Quantization | Literal["none"] | None = None
+    folder: str | Path,
+    *,
+    quantization: Quantization | Literal["none"] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
     """Load an adapter's model or a merged one, in eval mode, on the GPU if there is one, and its processor.
 
     Args:
         quantization: of the frozen weights; None: as in training, or as a merged model is stored.
+        dtype: of all weights but gates and quantized ones; None: see `load_adapter`, and as a merged model is
+            stored.
     """
     folder = fetch_model(folder)
     if is_whole_model(folder):
-        return load_whole_model(folder, quantization), read_processor(folder)
+        return load_whole_model(folder, quantization, dtype), read_processor(folder)
     if isinstance(quantization, Quantization):
-        return load_adapter(folder, quantized=quantization)
-    return load_adapter(folder, quantized=quantization is None)
+        return load_adapter(folder, quantized=quantization, dtype=dtype)
+    return load_adapter(folder, quantized=quantization is None, dtype=dtype)
 
 
 def load_whole_model(
-    folder: Path, quantization: Quantization | Literal["none"] | None = None
+    folder: Path,
+    quantization: Quantization | Literal["none"] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> FlamingoForConditionalGeneration:
     """Load a merged model, or any that was saved whole, in eval mode, on the GPU if there is one.
 
-    Raises UserError for a ``quantization`` of a model that is stored quantized.
+    dtype: of all weights but gates and quantized ones; None: as stored. Raises UserError for a
+    ``quantization`` of a model that is stored quantized.
     """
     refuse_requantizing(folder, quantization)
     options = (
         {"quantization_config": quantization.bnb_config()} if isinstance(quantization, Quantization) else {}
     )
     model = FlamingoForConditionalGeneration.from_pretrained(
-        folder, device_map={"": default_device()}, **options
+        folder, device_map={"": default_device()}, dtype=dtype or "auto", **options
     )
+    if dtype is not None:
+        cast_model(model, dtype)
     return model.eval().requires_grad_(False)
 
 

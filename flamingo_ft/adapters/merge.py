@@ -30,7 +30,7 @@ from flamingo_ft.backbones.quantization import (
 from flamingo_ft.errors import UserError
 from flamingo_ft.hub.weight_files import ADAPTER_WEIGHTS, CONFIG_FILE, MODEL_SAFETENSORS
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration, FlamingoProcessor
-from flamingo_ft.model.parts import PARTS, cast_parameter, is_lora
+from flamingo_ft.model.parts import PARTS, cast_parameters, is_lora
 
 from .answering import use_greedy_decoding
 from .card import write_card
@@ -129,7 +129,7 @@ def _write(
     parts = fold_lora(model, dtype)
     dequantize_linears(model, dtype)
     restore_fused_attention(model.vision_encoder)
-    cast_model(model, dtype)
+    cast_parameters(model, dtype)
     use_greedy_decoding(model, processor)
     digest = tensors_sha256(read_tensors(adapter))
     make_standalone(model.config, dtype, {"adapter_sha256": digest, "base": base, "lora": parts})
@@ -215,9 +215,3 @@ def _in_float32(name: str, layer: Any, model: FlamingoForConditionalGeneration) 
     lora = {key: tensor for key, tensor in layer.state_dict().items() if is_lora(f".{key}")}
     alone["layer"].load_state_dict(lora, strict=False)
     return alone["layer"].float()
-
-
-def cast_model(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast every parameter but the gates, which stay in float32, one at a time."""
-    for name, parameter in model.named_parameters():
-        cast_parameter(name, parameter, dtype)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn import functional
 
 from flamingo_ft.backbones.compat import OpenClipAttention
 from flamingo_ft.errors import UserError
@@ -56,7 +56,7 @@ class UnfusedAttention(nn.Module):
         q, k, v = (_split_heads(x, self.heads) for x in projections)
         dropout = self.dropout if self.training else 0.0
         mask = _additive_mask(attn_mask, query.dtype, self.heads)
-        attended = scaled_dot_product_attention(q, k, v, mask, dropout)
+        attended = functional.scaled_dot_product_attention(q, k, v, mask, dropout)
         tokens = self.out_proj(attended.transpose(1, 2).flatten(2))
         return tokens if self.batch_first else tokens.transpose(0, 1), None
 
@@ -100,7 +100,7 @@ class UnfusedOpenClipAttention(nn.Module):
         q, k, v = (_split_heads(part, self.heads) for part in self.in_proj(x).chunk(3, dim=-1))
         dropout = self.attn_drop.p if self.training else 0.0
         mask = _additive_mask(attn_mask, x.dtype, self.heads)
-        attended = scaled_dot_product_attention(self.ln_q(q), self.ln_k(k), v, mask, dropout)
+        attended = functional.scaled_dot_product_attention(self.ln_q(q), self.ln_k(k), v, mask, dropout)
         if self.head_scale is not None:
             attended = attended * self.head_scale
         return self.out_drop(self.out_proj(self.ln_inner(attended.transpose(1, 2).flatten(2))))

@@ -43,6 +43,9 @@ from open_clip.transformer import VisionTransformer
 from timm.models._hub import load_model_config_from_path as load_timm_config
 from torch import Tensor, nn
 
+# What instructions the processor has; torch 2.6 has no public function for it.
+from torch.cpu import _is_amx_tile_supported, _is_avx512_bf16_supported
+
 from flamingo_ft.machine_errors import is_machine_error
 
 __all__ = [
@@ -53,6 +56,7 @@ __all__ = [
     "ResizeToAPixel",
     "TimmModel",
     "VisionTransformer",
+    "cpu_has_bf16",
     "download_pretrained_from_hf",
     "find_weights_in_folder",
     "image_transform_v2",
@@ -65,6 +69,11 @@ __all__ = [
 
 VISUAL_PREFIX = "visual."
 POSITIONAL_EMBEDDING = "visual.positional_embedding"
+
+
+def cpu_has_bf16() -> bool:
+    """Return whether the processor multiplies bfloat16 matrices in hardware: by AMX or AVX-512 BF16."""
+    return _is_amx_tile_supported() or _is_avx512_bf16_supported()
 
 
 class ResizeToAPixel(ResizeKeepRatio):

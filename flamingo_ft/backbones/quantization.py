@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, Conv1D
 
+from flamingo_ft.backbones.precision import DTYPES, half_dtype
 from flamingo_ft.errors import UserError
 
 bnb: Any = None  # without bitsandbytes, everything that is not quantized works
@@ -24,21 +25,6 @@ with suppress(ImportError):
     import bitsandbytes as bnb  # imports its `functional` itself
 
 OUTLIER_THRESHOLD = 6.0  # LLM.int8(), section 3.2: activations beyond it are not rounded
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def autocast_dtype(precision: str) -> torch.dtype | None:
-    """Return the autocast dtype for ``train.precision`` on this machine; None for float32 without autocast.
-
-    ``auto`` is bfloat16 on a GPU that supports it natively (a T4 only emulates it), float16 on any other GPU,
-    and float32 on a CPU.
-    """
-    if precision != "auto":
-        return None if precision == "fp32" else DTYPES[precision]
-    if not torch.cuda.is_available():
-        return None
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-
 
 if bnb is not None:
 
@@ -67,7 +53,7 @@ class Quantization:
     """The format of frozen matrices, and the dtype they are multiplied in.
 
     double_quantization: keep the scales of 4-bit blocks in 8 bits.
-    compute_dtype: auto is bf16 or fp16, whichever the GPU supports, and fp32 without a GPU.
+    compute_dtype: auto is `half_dtype`, or float32 if there is none.
     shardable: store the bytes of 4-bit matrices as values of the compute dtype, which FSDP can shard. The
         dequantized weights are the same, so adapters do not record it.
     """
@@ -98,9 +84,7 @@ class Quantization:
         """The compute dtype on this machine."""
         if self.compute_dtype != "auto":
             return DTYPES[self.compute_dtype]
-        if not torch.cuda.is_available():
-            return torch.float32
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        return half_dtype() or torch.float32
 
     def bnb_config(self) -> BitsAndBytesConfig:
         """Return the configuration for transformers."""

@@ -73,6 +73,7 @@ def load_vision(
     quantization: Quantization | None = None,
     device: torch.device | str | None = None,
     *,
+    dtype: torch.dtype | None = None,
     image_size: int | None = None,
     resize_mode: str | None = None,
     tokens: TokenOptions = DEFAULT_TOKENS,
@@ -86,6 +87,7 @@ def load_vision(
     revision: commit, branch or tag of the Hub repository with the weights; None is its main branch.
     quantization: format of its matrices; the other parameters are then in the compute dtype.
     device: None is the CPU or, with quantization, the GPU if there is one.
+    dtype: of an unquantized tower; None is float32.
     image_size: height and width in pixels, position embeddings interpolated; None for the tower's own.
     resize_mode: "shortest" (then cropped), "longest" (then padded) or "squash"; None for the tower's own.
     tokens: the layer that the tokens are read from, and whether neighbours are joined.
@@ -112,6 +114,8 @@ def load_vision(
         quantize_tower(visual, quantization, device)
         _copy_from_file(visual)
         visual.to(quantization.dtype)
+    elif dtype is not None:
+        visual.to(dtype)
     recorded_name, recorded_pretrained = recorded_names(name, pretrained)
     return VisionBackbone(
         visual=visual if device is None else visual.to(device),
@@ -144,7 +148,9 @@ def tower_config(
     return config_with_options(name, native_tower_config(name, pretrained), image_size, tokens)
 
 
-def load_recipe_vision(section: VisionSection, *, shardable: bool = False) -> VisionBackbone:
+def load_recipe_vision(
+    section: VisionSection, dtype: torch.dtype | None = None, *, shardable: bool = False
+) -> VisionBackbone:
     """Load the tower of a recipe on the device that it is trained on; see `load_vision`.
 
     shardable: whether quantized matrices are stored so that they can be sharded.
@@ -154,6 +160,7 @@ def load_recipe_vision(section: VisionSection, *, shardable: bool = False) -> Vi
         section.pretrained,
         quantization=Quantization.of(section, shardable=shardable),
         device=default_device(),
+        dtype=dtype,
         image_size=section.image_size,
         resize_mode=section.resize_mode,
         tokens=TokenOptions(section.layer, section.pixel_shuffle),

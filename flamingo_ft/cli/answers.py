@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from flamingo_ft.cli.arguments import Adapter, AnswerQuantization, MaxNewTokens
+from flamingo_ft.cli.arguments import Adapter, AnswerDtype, AnswerQuantization, MaxNewTokens
 from flamingo_ft.errors import UserError
 
 
@@ -68,6 +68,7 @@ def evaluate(
         typer.Option(metavar="FOLDER", help="Write scores, answers and a page to look at them here."),
     ] = None,
     quantization: AnswerQuantization = None,
+    dtype: AnswerDtype = "auto",
     compare: Annotated[
         list[str] | None,
         typer.Option(
@@ -86,8 +87,8 @@ def evaluate(
     if first and "=" not in first:
         _evaluate_task(
             adapter, first, rest, data, metric or (), shots or (0,), seed or (0,), demonstrations, form,
-            controls=controls is not False, out=out, quantization=quantization, compare=compare or (),
-            card=card,
+            controls=controls is not False, out=out, quantization=quantization, dtype=dtype,
+            compare=compare or (), card=card,
         )  # fmt: skip
         return
     unused = {"--shots": shots, "--seed": seed, "--demonstrations": demonstrations != "random",
@@ -107,7 +108,8 @@ def evaluate(
     file = None if data is None else str(data)
     record = evaluate_adapter(
         adapter, file, settings or (), log, metric or (),
-        quantization=quantization, controls=bool(controls), out=out, compare=compare or (), card=card,
+        quantization=quantization, dtype=dtype, controls=bool(controls), out=out, compare=compare or (),
+        card=card,
     )  # fmt: skip
     if compare:
         print_variants(record["variants"])
@@ -171,13 +173,16 @@ def serve(
     max_body_mib: Annotated[
         int, typer.Option(min=1, metavar="N", help="Maximum size of a request in MiB.")
     ] = 64,
+    quantization: AnswerQuantization = None,
+    dtype: AnswerDtype = "auto",
 ) -> None:
     """Serve a model over an OpenAI-compatible HTTP API until interrupted."""
     from flamingo_ft.inference import server
 
     server.serve(
-        model, host, port, allowed_media=allowed_media, image_urls=image_urls, max_body_mib=max_body_mib
-    )
+        model, host, port, allowed_media=allowed_media, image_urls=image_urls, max_body_mib=max_body_mib,
+        quantization=quantization, dtype=dtype,
+    )  # fmt: skip
 
 
 def demo(
@@ -188,9 +193,12 @@ def demo(
         bool, typer.Option("--share", help="Let Gradio make a link that anyone on the internet can open.")
     ] = False,
     quantization: AnswerQuantization = None,
+    dtype: AnswerDtype = "auto",
     max_new_tokens: MaxNewTokens = 256,
 ) -> None:
     """Show a web page to try a model: images, streamed answers, where it looks, the adapter on and off."""
     from flamingo_ft.inference import demo
 
-    demo.demo(model, host, port, share=share, quantization=quantization, max_new_tokens=max_new_tokens)
+    demo.demo(
+        model, host, port, share=share, quantization=quantization, dtype=dtype, max_new_tokens=max_new_tokens
+    )

@@ -112,3 +112,7 @@ AnswerQuantization = Annotated[
     Literal["none", "int8", "nf4", "fp4"] | None,
     typer.Option(help="Load the frozen backbones in this format; by default as in training."),
 ]
+AnswerDtype = Annotated[
+    Literal["auto", "fp32", "bf16", "fp16"],
+    typer.Option(help="Compute in this dtype; auto: bf16 where the machine has instructions for it."),
+]

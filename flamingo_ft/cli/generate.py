@@ -13,6 +13,7 @@ import typer
 
 from flamingo_ft.cli.arguments import (
     Adapter,
+    AnswerDtype,
     AnswerQuantization,
     LengthPenalty,
     MaxNewTokens,
@@ -94,6 +95,7 @@ def generate(
     stop_string: StopString = None,
     seed: Seed = None,
     quantization: AnswerQuantization = None,
+    dtype: AnswerDtype = "auto",
 ) -> None:
     """Answer a prompt about images, or every row of a file."""
     arguments = locals()
@@ -102,7 +104,7 @@ def generate(
                   "--box-unit": box_unit != "pixels", "--skip-bad": skip_bad, "--resume": resume,
                   "--overwrite": overwrite}  # fmt: skip
         _refuse(unused, "only used with --data")
-        _generate_one(adapter, image or [], prompt, quantization, arguments)
+        _generate_one(adapter, image or [], prompt, arguments)
         return
     _refuse({"--image": image}, "not used with --data, whose rows have their own")
     if out is None:
@@ -118,6 +120,7 @@ def generate(
         box_unit=box_unit,
         batch_size=batch_size,
         quantization=quantization,
+        dtype=dtype,
         skip_bad=skip_bad,
         resume=resume,
         overwrite=overwrite,
@@ -138,6 +141,7 @@ def chat(
     stop_string: StopString = None,
     seed: Seed = None,
     quantization: AnswerQuantization = None,
+    dtype: AnswerDtype = "auto",
 ) -> None:
     """Talk with a model in the terminal; /image FILE shows it an image, /help lists the commands."""
     arguments = locals()
@@ -145,7 +149,8 @@ def chat(
     from flamingo_ft.inference.conversation import Conversation
     from flamingo_ft.inference.predictor import Predictor
 
-    predictor = Predictor.from_pretrained(adapter, quantization=quantization, **_varied(_decoding(arguments)))
+    options = _varied(_decoding(arguments))
+    predictor = Predictor.from_pretrained(adapter, quantization=quantization, dtype=dtype, **options)
     interactive = sys.stdin.isatty()
     if interactive:
         _edit_lines()
@@ -158,15 +163,13 @@ def chat(
     )
 
 
-def _generate_one(
-    adapter: str, images: list[Path], prompt: str | None, quantization: str | None, arguments: dict[str, Any]
-) -> None:
+def _generate_one(adapter: str, images: list[Path], prompt: str | None, arguments: dict[str, Any]) -> None:
     if prompt is None and not images:
         raise UserError("--prompt: missing; ask something, or name an --image to caption")
     from flamingo_ft.inference.answer import answer_with_boxes
 
-    options = _varied(_decoding(arguments))
-    text, boxes = answer_with_boxes(adapter, images, prompt, quantization=quantization, **options)
+    options = {name: arguments[name] for name in ("quantization", "dtype")} | _varied(_decoding(arguments))
+    text, boxes = answer_with_boxes(adapter, images, prompt, **options)
     typer.echo(text)
     if boxes:
         pixels = ", ".join(str([round(side) for side in box]) for box in boxes)

@@ -42,7 +42,8 @@ def merge(
     Every written tensor is verified. Loss and accuracy are compared with the adapter's on held-out samples of
     the run, and a model that is worse by more than the margins is refused.
     """
-    from flamingo_ft.backbones.quantization import DTYPES, Quantization
+    from flamingo_ft.backbones.precision import DTYPES
+    from flamingo_ft.backbones.quantization import Quantization
     from flamingo_ft.cli.metrics_table import print_merge_report
     from flamingo_ft.evaluation.merging import merge_adapter
 

@@ -59,8 +59,8 @@ class VisionSection(Section):
     """With nf4 and fp4, quantize the block scales as well, which saves 0.37 bits per weight (QLoRA,
     arXiv:2305.14314, section 3)."""
     compute_dtype: ComputeDtype = "auto"
-    """dtype in which quantized matrices are dequantized and multiplied. auto: bf16 if the GPU supports it,
-    else fp16; fp32 on a CPU."""
+    """dtype in which quantized matrices are dequantized and multiplied. auto: bf16 if the GPU supports it
+    or the CPU has instructions for it; fp16 on older GPUs; fp32 on other CPUs."""
 
 
 class LanguageSection(Section):
@@ -81,8 +81,8 @@ class LanguageSection(Section):
     """With nf4 and fp4, quantize the block scales as well, which saves 0.37 bits per weight (QLoRA,
     arXiv:2305.14314, section 3)."""
     compute_dtype: ComputeDtype = "auto"
-    """dtype in which quantized matrices are dequantized and multiplied. auto: bf16 if the GPU supports it,
-    else fp16; fp32 on a CPU."""
+    """dtype in which quantized matrices are dequantized and multiplied. auto: bf16 if the GPU supports it
+    or the CPU has instructions for it; fp16 on older GPUs; fp32 on other CPUs."""
     decoder_layers_attr_name: str | None = None
     """Dotted attribute path of the list of decoder layers, such as model.layers. null: detected
     automatically. Set it only if an error asks for it."""

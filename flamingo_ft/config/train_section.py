@@ -140,8 +140,9 @@ class TrainSection(Section):
     once. Gradients are then clipped per parameter. Needs a single process, no gradient accumulation and no
     fp16 loss scaling."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """dtype of the computation (autocast). auto: bf16 if the GPU supports it, fp16 with loss scaling on older
-    GPUs, fp32 on a CPU. Trainable weights are stored in trainable.dtype."""
+    """dtype of the computation (autocast). auto: bf16 if the GPU supports it or the CPU has instructions for
+    it (AMX, AVX-512 BF16); fp16 with loss scaling on older GPUs; fp32 on other CPUs. With bf16, unquantized
+    frozen backbones are kept in it; trainable weights are stored in trainable.dtype."""
     fsdp: bool = False
     """Shard all weights across the processes (FSDP2) instead of keeping a copy of the model in each. For
     models that do not fit on one device; needs several processes."""

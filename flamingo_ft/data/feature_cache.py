@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from flamingo_ft import atomic
-from flamingo_ft.backbones.quantization import DTYPES, quantization_formats
+from flamingo_ft.backbones.precision import DTYPES
+from flamingo_ft.backbones.quantization import quantization_formats
 from flamingo_ft.backbones.visual_tokens import image_shape, spatial_tokens
 from flamingo_ft.config import CacheSection
 from flamingo_ft.errors import UserError

@@ -53,6 +53,7 @@ def evaluate_adapter(
     metrics: Sequence[str] = (),
     *,
     quantization: str | None = None,
+    dtype: str = "auto",
     controls: bool = False,
     out: Path | None = None,
     compare: Sequence[str] = (),
@@ -63,10 +64,10 @@ def evaluate_adapter(
     data: a file of samples; by default the held-out samples of its recipe. overrides: ``key=value`` for the
     recipe's ``data.eval`` and ``eval`` sections; with ``data``, ``data.eval.0`` is that file. report: called
     with a line for each skipped sample. metrics: names of more metrics, or users' functions
-    (``FILE.py:function``, relative to the current directory). quantization: see `Predictor.from_pretrained`.
-    controls: ask again with the images of other samples and with gray ones. out: folder for results.json,
-    predictions.jsonl and results.html. compare: variants to ask the same questions, see `find_variants`.
-    card: write the scores of the variants into the card (README.md) of the adapter.
+    (``FILE.py:function``, relative to the current directory). quantization, dtype: see
+    `Predictor.from_pretrained`. controls: ask again with the images of other samples and with gray ones. out:
+    folder for results.json, predictions.jsonl and results.html. compare: variants to ask the same questions,
+    see `find_variants`. card: write the scores of the variants into the card (README.md) of the adapter.
 
     Returns ``eval``, as in metrics.json, and ``variants``: the scores with their intervals, of the model
     first, then of what it is compared with (`compare_variants`). Raises UserError for keys that evaluation
@@ -87,7 +88,7 @@ def evaluate_adapter(
     questions = questions_of(samples)
     selected = select_metrics(recipe.eval, questions, more)
     asked = {condition: questions_of(shown) for condition, shown in _conditions(samples, controls)}
-    own, *others = answers = _ask_each(variants, asked, recipe.eval)
+    own, *others = answers = _ask_each(variants, asked, recipe.eval, dtype)
     results = Results(questions, dict(own.answers), selected)
     record = {"eval": results.summary(), "variants": compare_variants(questions, answers, selected)}
     if out is not None:
@@ -142,11 +143,14 @@ def _conditions(samples: Sequence[Sample], controls: bool) -> Iterator[tuple[str
 
 
 def _ask_each(
-    variants: Sequence[Variant], asked: Mapping[str, Sequence[Question]], config: EvalSection
+    variants: Sequence[Variant], asked: Mapping[str, Sequence[Question]], config: EvalSection, dtype: str
 ) -> list[VariantAnswers]:
     """Ask the variants, one after the other, the questions of each condition."""
     with progress_bars(stderr=True) as progress:
-        return [use_variant(variant, partial(_ask, variant, asked, config, progress)) for variant in variants]
+        return [
+            use_variant(variant, partial(_ask, variant, asked, config, progress), dtype=dtype)
+            for variant in variants
+        ]
 
 
 def _ask(

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flamingo_ft.backbones.quantization import autocast_dtype
+from flamingo_ft.backbones.precision import autocast_dtype
 from flamingo_ft.config import PROBE_FILE, Recipe
 from flamingo_ft.data import OpenedData
 from flamingo_ft.data.sample import display_text

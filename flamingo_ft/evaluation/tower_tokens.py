@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flamingo_ft.backbones.language import language_files
+from flamingo_ft.backbones.precision import frozen_dtype
 from flamingo_ft.backbones.vision import VisionBackbone, load_recipe_vision
 from flamingo_ft.config import Recipe
 from flamingo_ft.data import Sample
@@ -61,7 +62,8 @@ def read_tokens(recipe: Recipe, media: Mapping[Medium, str], autocast: torch.dty
     Raises:
         UserError: the tower cannot be loaded, or an image cannot be read and data.on_bad_sample is error.
     """
-    reader = _Reader(load_recipe_vision(recipe.model.vision), recipe, autocast)
+    vision = load_recipe_vision(recipe.model.vision, frozen_dtype(autocast))
+    reader = _Reader(vision, recipe, autocast)
     found = TowerTokens({}, {})
     with progress_bars(stderr=True) as progress:
         bar = progress.add_task("encoding images", total=len(media), note="")

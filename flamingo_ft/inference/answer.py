@@ -23,11 +23,12 @@ def answer(
     max_new_tokens: int = MAX_NEW_TOKENS,
     *,
     quantization: str | Quantization | None = None,
+    dtype: str = "auto",
     **options: Any,
 ) -> str:
     """Load an adapter or a merged model and answer one prompt about image files; see `Predictor.__call__`."""
     options["max_new_tokens"] = max_new_tokens
-    return answer_with_boxes(adapter, images, prompt, quantization=quantization, **options)[0]
+    return answer_with_boxes(adapter, images, prompt, quantization=quantization, dtype=dtype, **options)[0]
 
 
 def answer_with_boxes(
@@ -36,6 +37,7 @@ def answer_with_boxes(
     prompt: str | None,
     *,
     quantization: str | Quantization | None = None,
+    dtype: str = "auto",
     **options: Any,
 ) -> tuple[str, list[Corners]]:
     """Return `answer`, and the boxes in it in pixels of the first image."""
@@ -43,7 +45,7 @@ def answer_with_boxes(
     decoding = Decoding(**options)
     for path in images:
         open_image(path)  # a bad path should fail before the model is loaded
-    predictor = Predictor.from_pretrained(adapter, quantization=quantization, image_cache_mib=0)
+    predictor = Predictor.from_pretrained(adapter, quantization=quantization, dtype=dtype, image_cache_mib=0)
     predictor.decoding = decoding
     (text,) = predictor.answer([question])
     return text, predictor.boxes_in(text, images[0]) if images else []

@@ -29,6 +29,7 @@ def generate_file(
     box_unit: BoxUnit = "pixels",
     batch_size: int | None = None,
     quantization: str | None = None,
+    dtype: str = "auto",
     skip_bad: bool = False,
     resume: bool = False,
     overwrite: bool = False,
@@ -40,7 +41,7 @@ def generate_file(
     data: a file in a format that training reads, where answers may be missing, or a folder of images, about
     which ``prompt`` is asked. box_unit: of the rows' boxes. out, resume, overwrite: see `AnswersFile`.
     skip_bad: see `answer_rows`.
-    quantization, options: see `Predictor.from_pretrained` and `Decoding`. log: called with lines about
+    quantization, dtype, options: see `Predictor.from_pretrained` and `Decoding`. log: called with lines about
     skipped rows, and a last one with the numbers.
     """
     decoding = Decoding(**options)
@@ -50,7 +51,7 @@ def generate_file(
     rows = Rows(data, prompt, image_root, box_unit)
     settings = {"model": str(adapter), "data": str(data.absolute()), "prompt": prompt,
                 "box_unit": box_unit,
-                "batch_size": batch_size or BATCH_SIZE, "quantization": quantization,
+                "batch_size": batch_size or BATCH_SIZE, "quantization": quantization, "dtype": dtype,
                 **decoding.generate_options(), "max_new_tokens": decoding.max_new_tokens,
                 "stop_strings": list(decoding.stop_strings), "seed": decoding.seed}  # fmt: skip
     folder = fetch_model(adapter)
@@ -60,7 +61,11 @@ def generate_file(
         return Summary()
     try:
         predictor = Predictor.from_pretrained(
-            folder, quantization=quantization, batch_size=batch_size or BATCH_SIZE, **options
+            folder,
+            quantization=quantization,
+            dtype=dtype,
+            batch_size=batch_size or BATCH_SIZE,
+            **options,
         )
         rows.write_boxes = BoxWriter(predictor.processor.image_processor)
         with progress_bars(stderr=True) as progress:

@@ -27,6 +27,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from flamingo_ft.adapters import load_trained
 from flamingo_ft.adapters.answering import end_token_ids
 from flamingo_ft.backbones.decoder_layers import context_length
+from flamingo_ft.backbones.precision import inference_dtype
 from flamingo_ft.backbones.quantization import Quantization
 from flamingo_ft.data.box_writer import image_size
 from flamingo_ft.data.boxes import placed_boxes, view_text
@@ -77,21 +78,23 @@ class Predictor:
         name_or_folder: str | Path,
         *,
         quantization: str | Quantization | None = None,
+        dtype: str = "auto",
         image_cache_mib: int = IMAGE_CACHE_MIB,
         **options: Any,
     ) -> Predictor:
         """Load an adapter or a merged model, from a folder or by ``org/name[@revision]`` on the Hub.
 
         quantization: of the frozen backbones: ``"int8"``, ``"nf4"``, ``"fp4"``, ``"none"``, or a
-        `Quantization`; by default as in training, or as the merged model is stored. options: as in the
-        constructor.
+        `Quantization`; by default as in training, or as the merged model is stored. dtype: of the other
+        weights, and of the computation: ``"fp32"``, ``"bf16"``, ``"fp16"``, or ``"auto"``, see
+        `inference_dtype`. options: as in the constructor.
         """
         if isinstance(quantization, str) and quantization not in FORMATS:
             known = ", ".join(FORMATS)
             raise UserError(f"quantization: must be one of {known}, got {quantization}")
         if isinstance(quantization, str) and quantization != "none":
             quantization = Quantization(quantization)
-        loaded = load_trained(name_or_folder, quantization=quantization)
+        loaded = load_trained(name_or_folder, quantization=quantization, dtype=inference_dtype(dtype))
         return cls(*loaded, image_cache_mib=image_cache_mib, **options)
 
     def __call__(self, images: Any, prompt: str | None = None, **options: Any) -> str:

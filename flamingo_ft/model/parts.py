@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from flamingo_ft.backbones.quantization import cast_in_range
 from flamingo_ft.config.tables import BACKBONE_PARTS, BRIDGE_PARTS, Part
@@ -59,6 +60,23 @@ def cast_parameter(name: str, parameter: nn.Parameter, dtype: torch.dtype) -> No
     """
     if parameter.is_floating_point():
         parameter.data = cast_in_range(name, parameter.data, parameter_dtype(name, dtype))
+
+
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast every parameter as `cast_parameter` does, one at a time."""
+    for name, parameter in model.named_parameters():
+        cast_parameter(name, parameter, dtype)
+
+
+def cast_model(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast every parameter as `cast_parameter` does, and the statistics of batch norms.
+
+    Other buffers, such as the frequencies of rotary embeddings, keep their dtype.
+    """
+    cast_parameters(model, dtype)
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):  # torch wants its statistics in the dtype of its weight
+            module.to(dtype)
 
 
 def parameter_dtype(name: str, dtype: torch.dtype) -> torch.dtype:

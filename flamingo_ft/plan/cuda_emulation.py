@@ -17,6 +17,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from flamingo_ft.backbones.cpu_attention import float32_attention_on_cpu
+
 from .compat import efficient_attention, flash_attention, logprob_kernels_as_on_cuda, replaced
 
 Device = Literal["cuda", "cpu"]
@@ -70,6 +72,8 @@ def emulate_device(device: Device) -> Generator[None]:
             stack.enter_context(CudaAutocast())
             stack.enter_context(replaced(functional, scaled_dot_product_attention=cuda_attention))
             stack.enter_context(logprob_kernels_as_on_cuda())
+        else:
+            stack.enter_context(float32_attention_on_cpu())
         yield
 
 

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedToken
 from flamingo_ft.adapters import add_lora, set_trainable
 from flamingo_ft.backbones.attention import unfuse_attention
 from flamingo_ft.backbones.language import LanguageBackbone
-from flamingo_ft.backbones.quantization import DTYPES, Quantization
+from flamingo_ft.backbones.precision import DTYPES, frozen_dtype
+from flamingo_ft.backbones.quantization import Quantization
 from flamingo_ft.backbones.tower import build_visual, check_quantizable, tower_preprocess
 from flamingo_ft.backbones.vision import VisionBackbone
 from flamingo_ft.backbones.visual_tokens import token_width
@@ -30,6 +31,7 @@ from flamingo_ft.model.build import recipe_options, set_media_options
 
 from .compat import get_keys_to_not_convert
 from .cuda_emulation import Device
+from .precision import autocast_dtype, half_dtype
 
 WEIGHTS_PER_SCALE = 64  # bitsandbytes' 4-bit block size
 SCALES_PER_SCALE = 256  # with double quantization
@@ -46,11 +48,11 @@ def build_meta_model(
 
     tower: OpenCLIP's configuration of the vision tower.
     """
-    config = recipe.model
+    config, dtype = recipe.model, frozen_dtype(autocast_dtype(recipe.train.precision, device))
     with torch.device("meta"):
         model, processor = build_flamingo(
-            meta_vision(tower, config.vision, device),
-            meta_language(lm_config, tokenizer, config.language, device),
+            meta_vision(tower, config.vision, device, dtype),
+            meta_language(lm_config, tokenizer, config.language, device, dtype),
             **recipe_options(recipe),
         )
         apply_template(processor, recipe.data)
@@ -83,8 +85,13 @@ def _fake_like(meta: Tensor) -> Tensor:
     return nn.Parameter(fake, meta.requires_grad) if isinstance(meta, nn.Parameter) else fake
 
 
-def meta_vision(tower: dict, config: VisionSection, device: Device) -> VisionBackbone:
-    """Build the tower in float32, as OpenCLIP loads it; what is not quantized has the compute dtype."""
+def meta_vision(
+    tower: dict, config: VisionSection, device: Device, dtype: torch.dtype | None = None
+) -> VisionBackbone:
+    """Build the tower in ``dtype`` or in float32, as OpenCLIP loads it.
+
+    What is not quantized of a quantized one has the compute dtype.
+    """
     visual = build_visual(tower).eval().requires_grad_(False)
     quantization = Quantization.of(config)
     if quantization:
@@ -92,15 +99,21 @@ def meta_vision(tower: dict, config: VisionSection, device: Device) -> VisionBac
         unfuse_attention(visual)
         visual.to(_compute_dtype(quantization, device))
         quantize_linears(visual, quantization, device)
+    elif dtype is not None:
+        visual.to(dtype)
     source = {"name": config.name, "pretrained": config.pretrained, "revision": None, "sha256": None}
     preprocess = tower_preprocess(visual, {}, config.resize_mode)
     return VisionBackbone(visual, tower, preprocess, token_width(visual), source)
 
 
 def meta_language(
-    lm_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, config: LanguageSection, device: Device
+    lm_config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    config: LanguageSection,
+    device: Device,
+    dtype: torch.dtype | None,
 ) -> LanguageBackbone:
-    """Build the language model in its checkpoint's dtype on a GPU, in float32 on a CPU.
+    """Build the language model in ``dtype``, or in its checkpoint's on a GPU and in float32 on a CPU.
 
     A quantized one keeps the rest in its compute dtype. Raises UserError for a checkpoint that is quantized
     already.
@@ -113,13 +126,18 @@ def meta_language(
     quantization = Quantization.of(config)
     if quantization:
         dtype = _compute_dtype(quantization, device)
-    else:
-        dtype = (lm_config.dtype or torch.float32) if device == "cuda" else torch.float32
+    elif dtype is None:
+        dtype = _stored_dtype(lm_config) if device == "cuda" else torch.float32
     model = AutoModelForCausalLM.from_config(lm_config, dtype=dtype).eval().requires_grad_(False)
     if quantization:
         quantize_linears(model, quantization, device, skip=get_keys_to_not_convert(model))
     source = {"name": config.name, "revision": config.revision, "sha256": None}
     return LanguageBackbone(model, tokenizer, source)
+
+
+def _stored_dtype(lm_config: PreTrainedConfig) -> torch.dtype:
+    stored = lm_config.dtype or torch.float32
+    return stored if isinstance(stored, torch.dtype) else getattr(torch, stored)
 
 
 def _quantize_frozen_bridge(model: FlamingoForConditionalGeneration, recipe: Recipe, device: Device) -> None:
@@ -137,7 +155,7 @@ def _quantize_frozen_bridge(model: FlamingoForConditionalGeneration, recipe: Rec
 
 def _compute_dtype(quantization: Quantization, device: Device) -> torch.dtype:
     """Return the dtype that quantized matrices are multiplied in."""
-    automatic = torch.bfloat16 if device == "cuda" else torch.float32
+    automatic = half_dtype(device) or torch.float32
     return DTYPES.get(quantization.compute_dtype, automatic)
 
 

@@ -28,6 +28,7 @@ from .compat import LOGPROB_CHUNK_SIZE
 from .cuda_emulation import Device, activation_offload, emulate_device, recompute_contexts
 from .longest_batch import Batch
 from .memory_tracker import CUDA_ALLOCATION_BLOCK, MemoryTracker
+from .precision import autocast_dtype
 
 SFT_METRICS = ("log_probs", "entropy", "is_top1")  # what SFTTrainer asks of the fused output head
 POLICY_METRICS = {  # what the other trainers ask of it, of the policy
@@ -90,16 +91,6 @@ def simulate_step(
         peak=tracker.peak,
         gradients_at_peak=tracker.gradients_at_peak,
     )
-
-
-def autocast_dtype(precision: str, device: Device) -> torch.dtype | None:
-    """Return the dtype of the trainer's autocast on ``device``, or None for no autocast.
-
-    ``auto`` is bfloat16 on a GPU; the float16 that an older GPU uses instead is as large.
-    """
-    if precision == "auto":
-        precision = "bf16" if device == "cuda" else "fp32"
-    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
 def optimizer_state(name: str, parameter: Tensor, optimizer: str, device: Device) -> tuple[list[Tensor], int]:

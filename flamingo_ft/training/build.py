@@ -17,6 +17,7 @@ from trl import DPOConfig, GRPOConfig, KTOConfig, SFTConfig
 
 from flamingo_ft.adapters import check_start_tiles, init_bridge, prepare_training
 from flamingo_ft.backbones.language import load_language
+from flamingo_ft.backbones.precision import autocast_dtype, frozen_dtype
 from flamingo_ft.backbones.quantization import Quantization
 from flamingo_ft.backbones.vision import load_recipe_vision
 from flamingo_ft.config import DpoSection, Recipe
@@ -37,7 +38,7 @@ from .dataloader import make_train_batches
 from .grpo import FlamingoGrpoTrainer, grpo_arguments, reward_functions
 from .monitoring import check_trackers
 from .optimizer import OPTIMIZERS, make_optimizer, peak_rates, warmup_steps
-from .preflight import autocast_dtype, check_loss, check_machine, check_precision
+from .preflight import check_loss, check_machine, check_precision
 from .trainer import FlamingoDpoTrainer, FlamingoKtoTrainer, FlamingoTrainer, FlamingoTrainerMixin
 
 # The recipe's names -> transformers' names, whose "constant" ignores warmup.
@@ -73,14 +74,13 @@ def build_model(
     frozen as the recipe says. init_batches: batches for the LoRA initialization that needs data (EVA).
     """
     model_config, device = recipe.model, default_device()
-    vision = load_recipe_vision(model_config.vision, shardable=recipe.train.fsdp)
+    dtype = frozen_dtype(autocast_dtype(recipe.train.precision))
+    vision = load_recipe_vision(model_config.vision, dtype, shardable=recipe.train.fsdp)
     quantization = Quantization.of(model_config.language, shardable=recipe.train.fsdp)
-    # Not float32 on a CPU either: converting the matrices in every pass takes as long as multiplying them.
-    as_stored = quantization is None and autocast_dtype(recipe.train.precision) == torch.bfloat16
     language = load_language(
         model_config.language.name,
         model_config.language.revision,
-        dtype="auto" if as_stored else None,
+        dtype=None if quantization else dtype,
         quantization=quantization,
         device=device,
     )

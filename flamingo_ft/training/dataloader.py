@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from flamingo_ft.backbones.precision import autocast_dtype
 from flamingo_ft.config import Recipe
 from flamingo_ft.data import OpenedData
 from flamingo_ft.data.batches import Batches, LoaderConfig, one_sample_per_row, packed_rows, sorted_by_length
@@ -28,7 +29,7 @@ from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcesso
 from flamingo_ft.model.build import text_limit
 from flamingo_ft.model.views import stack_media
 
-from .preflight import autocast_dtype, check_packing
+from .preflight import check_packing
 
 
 def make_train_batches(

@@ -26,6 +26,7 @@ from flamingo_ft import atomic, processes
 from flamingo_ft.adapters import save_adapter
 from flamingo_ft.adapters.files import read_tensors
 from flamingo_ft.adapters.save import adapter_tensors
+from flamingo_ft.backbones.precision import autocast_dtype
 from flamingo_ft.config import Recipe
 from flamingo_ft.config.metric_names import result_key
 from flamingo_ft.data import Sample
@@ -61,6 +62,7 @@ class Evaluator:
         self._options = {"batch_size": recipe.eval.batch_size, "max_new_tokens": recipe.eval.max_new_tokens}
         self._predictor = Predictor(model, processor)
         self._progress, self._model = progress, model
+        self._autocast = autocast_dtype(recipe.train.precision)
 
     def scores(self) -> dict[str, float]:
         """Answer the held-out questions and return each metric that is defined; the answers are not kept."""
@@ -83,7 +85,8 @@ class Evaluator:
         sharded = is_sharded(self._model)
         own_questions = questions if sharded else processes.shard(questions)
         bar = self._progress.add_task(title, total=len(own_questions), note="")
-        with oom_as_user_error("evaluation"):
+        autocast = torch.autocast(self._model.device.type, self._autocast, enabled=self._autocast is not None)
+        with oom_as_user_error("evaluation"), autocast:
             on_batch = partial(self._progress.advance, bar)
             answers = self._predictor.answer(own_questions, on_batch=on_batch, **self._options)
         if not keep_bar:

@@ -13,12 +13,8 @@ from torch.nn.functional import cross_entropy
 from transformers import Trainer
 
 from flamingo_ft import processes
-from flamingo_ft.backbones.quantization import (
-    DTYPES,
-    Quantization,
-    autocast_dtype,
-    require_bitsandbytes,
-)
+from flamingo_ft.backbones.precision import DTYPES, autocast_dtype
+from flamingo_ft.backbones.quantization import Quantization, require_bitsandbytes
 from flamingo_ft.config import Recipe, TrainSection
 from flamingo_ft.data import OpenedData, Sample
 from flamingo_ft.data.eval_split import find_overlap

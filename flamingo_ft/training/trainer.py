@@ -19,6 +19,7 @@ from trl import DPOTrainer, KTOTrainer, SFTTrainer
 
 from flamingo_ft import processes
 from flamingo_ft.adapters.trainable import frozen_copy, match_training_mode, zero_dropout
+from flamingo_ft.backbones.cpu_attention import float32_attention_on_cpu
 from flamingo_ft.data.batches import BatchContents, Batches
 from flamingo_ft.data.encode import IGNORED
 from flamingo_ft.model import FlamingoForConditionalGeneration
@@ -120,7 +121,8 @@ class FlamingoTrainerMixin(TrainerBase):
     def training_step(self, *arguments: Any, **options: Any) -> torch.Tensor:
         """Run forward and backward of one batch; return the loss to log."""
         self.current = self.pending.pop(0)
-        loss = super().training_step(*arguments, **options)
+        with float32_attention_on_cpu():
+            loss = super().training_step(*arguments, **options)
         self.counts.update(
             samples=len(self.current.rows),
             label_tokens=self.current.label_tokens,

@@ -47,6 +47,7 @@ def evaluate_task(
     metrics: Sequence[str] = (),
     controls: bool = True,
     quantization: str | None = None,
+    dtype: str = "auto",
     batch_size: int | None = None,
     cache: Path | None = None,
     out: Path | None = None,
@@ -58,10 +59,10 @@ def evaluate_task(
 
     data: folder of the task's published files. protocol: how it is asked; its shots and seed are replaced.
     metrics: names of more metrics. controls: ask again with other images, gray ones, and shuffled
-    demonstrations, for the first seed. cache: see `prepare`. out: folder for results.json,
-    predictions.jsonl and a page of answers for each number of shots. compare: variants to ask the same
-    prompts, those of the first seed; see `find_variants`. card: write the scores into the card (README.md) of
-    the model. log: called with a line for each run.
+    demonstrations, for the first seed. quantization, dtype: see `Predictor.from_pretrained`. cache: see
+    `prepare`. out: folder for results.json, predictions.jsonl and a page of answers for each number of shots.
+    compare: variants to ask the same prompts, those of the first seed; see `find_variants`. card: write the
+    scores into the card (README.md) of the model. log: called with a line for each run.
 
     Returns ``runs``, a `task_record` each, and ``over_seeds``; for a comparison or a card also ``variants``,
     the records of `compare_variants`, each with its ``shots``. Raises UserError for an unknown task or
@@ -82,7 +83,7 @@ def evaluate_task(
         runner = _Runner(task, data, selected, compared if controls else (), cache, out, log, progress)
         for variant in variants:
             ask = partial(runner.ask, variant.name, compared if runs else protocols)
-            runs[variant] = use_variant(variant, ask, batch_size=batch_size or BATCH_SIZE)
+            runs[variant] = use_variant(variant, ask, batch_size=batch_size or BATCH_SIZE, dtype=dtype)
     records = [task_record(run, selected) for run in runs[variants[0]].values()]
     result = {"model": str(model), "task": task.name, "runs": records, "over_seeds": over_seeds(records)}
     if compare or card:

@@ -26,17 +26,19 @@ def demo(
     *,
     share: bool = False,
     quantization: str | None = None,
+    dtype: str = "auto",
     **options: Any,
 ) -> None:
     """Load an adapter or a merged model and serve its page until interrupted.
 
-    share: let Gradio make a public link; without it, the page is on ``host`` alone. quantization, options:
-    see `Predictor.from_pretrained`. Raises UserError if Gradio is not installed or the port is in use.
+    share: let Gradio make a public link; without it, the page is on ``host`` alone. quantization, dtype,
+    options: see `Predictor.from_pretrained`. Raises UserError if Gradio is not installed or the port is in
+    use.
     """
     if find_spec("gradio") is None:
         raise UserError(f"demo: Gradio is not installed; run: {INSTALL}")
     folder = fetch_model(model)
-    predictor = Predictor.from_pretrained(folder, quantization=quantization, **options)
+    predictor = Predictor.from_pretrained(folder, quantization=quantization, dtype=dtype, **options)
     bridge = None if is_whole_model(folder) else base_bridge(folder, predictor.model)
 
     from .page import build_page  # these need the packages of the extra

@@ -39,9 +39,9 @@ class _Flamingo(lmms):
     """What both classes share: a model that is loaded once, and requests answered in batches.
 
     pretrained: an adapter or a merged model, a folder or ``org/name``. batch_size: requests answered
-    together. quantization: see `Predictor.from_pretrained`. max_new_tokens: most tokens of an answer; a task
-    may set fewer. device, max_batch_size: what lmms-eval passes for its options of these names; the model is
-    on this process's GPU if there is one, and batches have one size.
+    together. quantization, dtype: see `Predictor.from_pretrained`. max_new_tokens: most tokens of an answer;
+    a task may set fewer. device, max_batch_size: what lmms-eval passes for its options of these names; the
+    model is on this process's GPU if there is one, and batches have one size.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class _Flamingo(lmms):
         pretrained: str,
         batch_size: int | str = 1,
         quantization: str | None = None,
+        dtype: str = "auto",
         max_new_tokens: int | None = None,
         device: str | None = None,
         max_batch_size: int | None = None,
@@ -59,7 +60,9 @@ class _Flamingo(lmms):
         self._longest = max_new_tokens
         self._ignored: set[str] = set()  # generation_kwargs that were logged as being without effect
         size = _to_batch_size(batch_size)
-        self.predictor = Predictor.from_pretrained(pretrained, quantization=quantization, batch_size=size)
+        self.predictor = Predictor.from_pretrained(
+            pretrained, quantization=quantization, dtype=dtype, batch_size=size
+        )
         self.device = self.predictor.model.device
         if device is not None and not str(self.device).startswith(device):
             raise UserError(

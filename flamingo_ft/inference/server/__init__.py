@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import socket
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from transformers.utils import is_serve_available
 
@@ -29,12 +29,13 @@ def serve(
     allowed_media: Path | None = None,
     image_urls: Literal["public", "any", "none"] = "public",
     max_body_mib: int = MAX_BODY_MIB,
+    **options: Any,
 ) -> None:
     """Load an adapter or a merged model, from a folder or the Hub, and answer requests until interrupted.
 
     allowed_media: folder whose image files requests may name. image_urls: see `MediaPolicy`. max_body_mib:
-    largest body of a request. Raises UserError if the server's packages are not installed, the folder holds
-    no model, or the port is in use.
+    largest body of a request. options: see `Predictor.from_pretrained`. Raises UserError if the server's
+    packages are not installed, the folder holds no model, or the port is in use.
     """
     if not is_serve_available():
         raise UserError(f"serve: the server's packages are not installed; run: {INSTALL}")
@@ -52,7 +53,7 @@ def serve(
     from .engine import Engine
     from .messages import MediaPolicy
 
-    engine = Engine(Predictor.from_pretrained(folder), MediaPolicy(allowed_media, image_urls))
+    engine = Engine(Predictor.from_pretrained(folder, **options), MediaPolicy(allowed_media, image_urls))
     app = build_app(engine, model, max_body_mib << 20)
     uvicorn.run(app, host=host, port=port, timeout_graceful_shutdown=SHUTDOWN_SECONDS)
 
