@@ -9,13 +9,13 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from flamingo_ft.backbones.quantization import cast_in_range
 from flamingo_ft.config.tables import BACKBONE_PARTS, BRIDGE_PARTS, Part
 
 PARTS: dict[str, Part] = {part.name: part for part in (*BACKBONE_PARTS, *BRIDGE_PARTS)}
 BRIDGE: dict[str, Part] = {part.name: part for part in BRIDGE_PARTS}
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)  # of any library: timm's derive from these
 ATTENTION_GATE = "attn_gate"
 GATES = "gates"  # the attention gates; feed-forward gates learn with the rest of their blocks
 LORA = "lora"  # all LoRA weights share one optimizer group, whichever part they adapt
@@ -75,7 +75,7 @@ def cast_model(model: nn.Module, dtype: torch.dtype) -> None:
     """
     cast_parameters(model, dtype)
     for module in model.modules():
-        if isinstance(module, _BatchNorm):  # torch wants its statistics in the dtype of its weight
+        if isinstance(module, BATCH_NORMS):  # torch wants its statistics in the dtype of its weight
             module.to(dtype)
 
 

@@ -28,6 +28,7 @@ from flamingo_ft.backbones.vision import load_vision, tower_config
 from flamingo_ft.backbones.visual_tokens import spatial_tokens
 from flamingo_ft.config.model_section import VisionSection
 from flamingo_ft.errors import UserError
+from flamingo_ft.model.parts import cast_model
 from flamingo_ft.plan.meta_model import meta_vision
 from tests.backbones.test_quantized_tower import MINIMUM_SIMILARITY, similarity
 from tests.hub_folders import put
@@ -107,6 +108,18 @@ def test_tokens_are_timms_features_of_the_last_block(saved):
     maps = model.forward_intermediates(images, indices=1, norm=False, intermediates_only=True)[-1]
     assert torch.equal(tokens, maps.flatten(2).transpose(1, 2))
     assert not tower.visual.training and not any(p.requires_grad for p in tower.visual.parameters())
+
+
+def test_tokens_in_bfloat16_are_close_to_those_in_float32(saved):
+    """Of a tower that is loaded so, as for training, and of one that is cast, as for answers."""
+    name, model, folder = saved
+    exact = reference_tokens(model, images_of(name))
+    cast = load_vision(folder).visual
+    cast_model(cast, torch.bfloat16)
+    for visual in (load_vision(folder, dtype=torch.bfloat16).visual, cast):
+        tokens = spatial_tokens(visual, images_of(name))
+        assert tokens.dtype == torch.bfloat16
+        assert (tokens.float() - exact).norm() < 0.05 * exact.norm()
 
 
 @pytest.mark.parametrize("name, prefix", PREFIX_TOKENS.items())

@@ -73,6 +73,25 @@ def test_answers_of_a_batch_equal_those_of_single_prompts(flamingo, files):
     assert len(set(together)) > 3
 
 
+def test_the_dtype_is_that_of_all_weights_but_gates(flamingo, files, tmp_path):
+    model, processor = flamingo
+    save_adapter(model, processor, tmp_path / "adapter")
+    pixels = MediaInputs(model, processor, 0).pixels_of(questions(files)[:1])
+    logits = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        predictor = Predictor.from_pretrained(tmp_path / "adapter", dtype=name)
+        for parameter_name, parameter in predictor.model.named_parameters():
+            gate = parameter_name.endswith("_gate")
+            assert parameter.dtype == (torch.float32 if gate else dtype), parameter_name
+        ids = torch.tensor(predictor.encode(questions(files)[:1]))
+        with torch.no_grad():
+            logits[name] = predictor.model(ids, **pixels).logits.float()
+    assert not torch.equal(logits["fp32"], logits["bf16"])
+    torch.testing.assert_close(logits["bf16"], logits["fp32"], rtol=0, atol=0.05 * logits["fp32"].abs().max())
+    with pytest.raises(UserError, match="dtype: must be one of auto, fp32, bf16, fp16, got half"):
+        Predictor.from_pretrained(tmp_path / "adapter", dtype="half")
+
+
 def test_an_answer_depends_on_its_image(flamingo, files):
     predictor = Predictor(*flamingo, max_new_tokens=8)
     assert predictor(files[0], "Which digit is this?") != predictor(files[1], "Which digit is this?")

@@ -119,14 +119,16 @@ def test_without_the_servers_packages_the_error_has_the_install_command(monkeypa
         server.serve("anywhere", "localhost", 8000)
 
 
-def test_the_command_line_passes_the_media_policy_on(monkeypatch, tmp_path, capsys):
+def test_the_command_line_passes_media_policy_and_loading_options_on(monkeypatch, tmp_path, capsys):
     calls = []
     monkeypatch.setattr(server, "serve", lambda *arguments, **options: calls.append((*arguments, options)))
     assert main(["serve", "run"]) == 0
     options = ["--allowed-media", str(tmp_path), "--image-urls", "none", "--max-body-mib", "5", "--port", "9"]
-    assert main(["serve", "run", *options]) == 0
+    assert main(["serve", "run", *options, "--quantization", "nf4", "--dtype", "fp32"]) == 0
     default = {"allowed_media": None, "image_urls": "public", "max_body_mib": 64}
     chosen = {"allowed_media": tmp_path, "image_urls": "none", "max_body_mib": 5}
+    default |= {"quantization": None, "dtype": "auto"}
+    chosen |= {"quantization": "nf4", "dtype": "fp32"}
     assert calls == [("run", "localhost", 8000, default), ("run", "localhost", 9, chosen)]
     assert main(["serve", "run", "--allowed-media", str(tmp_path / "gone")]) == 2
 

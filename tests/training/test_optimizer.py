@@ -150,6 +150,25 @@ def test_muon_equals_timms_in_bf16(shape):
     torch.testing.assert_close(ours, timms, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(3, 5), (5, 3)])
+def test_muon_updates_matrices_together_as_it_does_each_alone(shape, monkeypatch):
+    monkeypatch.setattr("flamingo_ft.training.muon.MAX_STACKED", 2 * 3 * 5)  # of five, two at a time
+    options = {"orthogonalized": True, "lr": 0.02, "weight_decay": 0.1}
+    torch.manual_seed(0)
+    together = [torch.nn.Parameter(torch.randn(shape).double()) for _ in range(5)]
+    alone = [torch.nn.Parameter(parameter.detach().clone()) for parameter in together]
+    optimizers = [
+        Muon([{"params": parameters, **options}], torch.float64)
+        for parameters in (together, *([parameter] for parameter in alone))
+    ]
+    for _ in range(3):
+        for first, second in zip(together[:4], alone, strict=False):  # the last one has no gradient
+            first.grad = second.grad = torch.randn(shape).double()
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(together, alone, rtol=1e-12, atol=1e-12)
+
+
 def test_large_adamw_8bit_states_are_in_8_bits(small_run):
     model, processor = build()
     sft_trainer = trainer(model, processor, STEPS, "train.optimizer=adamw_8bit")
