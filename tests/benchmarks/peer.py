@@ -34,6 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaForCausalLM
 
 from .peer_figure import draw
 from .peer_models import BF16, Ours, Peer, in_bf16_for_answers, make_batch
@@ -97,17 +98,23 @@ def measure_generation(folder: Path, arguments: argparse.Namespace) -> Iterator[
     """Yield a row for each number of beams and images."""
     exact = Ours.build(folder)
     ours, peer = {"fp32": exact, "bf16": in_bf16_for_answers(exact)}, Peer(exact.model)
+    alone = {name: one.language_model_alone() for name, one in ours.items()}
     for beams in (1, 3):
         for images in arguments.images:
             batch, options = _batch(exact, 1, images, 8 * images), _decoding(beams)
             runs: dict[str, Callable[[], Tensor]] = {}
             for name, one in ours.items():
                 runs[name] = partial(one.generate, batch, **options)
-                runs[f"language model alone, {name}"] = partial(one.generate_without_images, batch, **options)
+                runs[f"language model alone, {name}"] = partial(_generate_text, alone[name], batch, **options)
             runs[PEER] = partial(peer.generate, batch, **options)
             seconds, tokens = alternate(arguments.repeats, runs)
             equal = bool(torch.equal(tokens["fp32"], tokens[PEER]))
             yield {"beams": beams, "images": images, "seconds": seconds, "equal": equal}
+
+
+def _generate_text(lm: LlamaForCausalLM, batch: dict[str, Tensor], **options: Any) -> Tensor:
+    ids = batch["input_ids"]
+    return lm.generate(ids, attention_mask=torch.ones_like(ids), **options)[:, ids.shape[1] :]
 
 
 def _batch(ours: Ours, size: int, images: int, tokens: int) -> dict[str, Tensor]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from flamingo_ft.adapters import set_trainable, trainable_parameters
+from flamingo_ft.adapters import set_trainable
 from flamingo_ft.backbones.cpu_attention import float32_attention_on_cpu
 from flamingo_ft.backbones.language import LanguageBackbone, load_language
 from flamingo_ft.backbones.vision import load_vision
@@ -23,7 +21,7 @@ from flamingo_ft.config import TrainableSection, load_recipe
 from flamingo_ft.data import open_data
 from flamingo_ft.data.encode import IGNORED
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor, build_flamingo
-from flamingo_ft.model.parts import cast_model, cast_parameter
+from flamingo_ft.model.parts import cast_model, cast_parameter, cast_parameters
 from flamingo_ft.training.build import make_trainer
 from flamingo_ft.training.trainer import FlamingoTrainer
 from tests.regimes import shake
@@ -78,8 +76,7 @@ class Ours:
         """Run one training step; return its loss."""
         self.model.train()
         with float32_attention_on_cpu():
-            with self.trainer.compute_loss_context_manager():
-                loss = self.trainer.compute_loss(self.model, dict(batch))
+            loss = self.trainer.compute_loss(self.model, dict(batch))
             loss.backward()
         self.trainer.optimizer.step()
         self.trainer.optimizer.zero_grad()
@@ -99,29 +96,25 @@ class Ours:
         output = self.model.eval().generate(ids, pixel_values=batch["pixel_values"], **options)
         return output[:, ids.shape[1] :]
 
-    def generate_without_images(self, batch: Batch, **options: Any) -> Tensor:
-        """Return the tokens that the language model alone generates after the same text."""
-        ids = batch["input_ids"]
-        with self._language_model_alone() as lm:
-            return lm.generate(ids, attention_mask=torch.ones_like(ids), **options)[:, ids.shape[1] :]
-
-    @contextmanager
-    def _language_model_alone(self) -> Iterator[LlamaForCausalLM]:
-        lm = LlamaForCausalLM(LLAMA).to(self.model.lang_encoder.dtype)
+    def language_model_alone(self) -> LlamaForCausalLM:
+        """Return a copy of the language model that no image conditions."""
+        lm = LlamaForCausalLM(LLAMA)
         lm.load_state_dict(self.model.lang_encoder.state_dict())
-        yield lm.eval()
+        cast_parameters(lm, self.model.lang_encoder.dtype)
+        return lm.eval()
 
 
 def _trainer(
     model: FlamingoForConditionalGeneration, processor: FlamingoProcessor, folder: Path, precision: str
 ) -> FlamingoTrainer:
     """Return this package's trainer, whose own data are not used."""
-    values = ("train.optimizer=adamw", f"train.precision={precision}", f"train.output_dir={folder}")
+    course = {"optimizer": "adamw", "learning_rate": LEARNING_RATE, "weight_decay": 0.0, "warmup_steps": 0}
+    course |= {"precision": precision, "output_dir": folder}
+    values = [f"train.{key}={value}" for key, value in course.items()]
     recipe = load_recipe("quickstart", values)
     trainer = make_trainer(model, processor, open_data(recipe.data, 0), recipe, [])
     assert isinstance(trainer, FlamingoTrainer)
-    parameters = [*trainable_parameters(model).values()]
-    trainer.optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
+    trainer.accelerator.prepare_model(model)  # computes under autocast from here on
     return trainer
 
 
