@@ -163,4 +163,8 @@ class DataSection(Section):
     augmentation: AugmentationSection | None = None
     """Random augmentation of training images. null: none."""
     cache: CacheSection | None = None
-    """Cache of the vision tower's output on disk. null: encode every image every time."""
+    """Cache of the vision tower's output on disk. null: see auto_cache."""
+    auto_cache: bool = True
+    """Without cache, keep the tower's output in ~/.cache/flamingo_ft/tokens where that saves time and rounds
+    nothing: in a run that computes in bf16, for two epochs or more, up to 20 GiB. A line at the start says
+    so."""

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from flamingo_ft.errors import UserError
 from flamingo_ft.model.added_tokens import MEDIA_TOKEN
+from flamingo_ft.model.label_positions import IGNORED
 from flamingo_ft.model.processor import FlamingoProcessor, flatten, is_image
 from flamingo_ft.model.special_text import Tokens, encode_text
 
@@ -31,7 +32,6 @@ from .render import (
 )
 from .sample import Sample, text_message
 
-IGNORED = -100  # label ignored by the loss, as in torch's cross-entropy
 NOTHING_TO_LEARN = "no assistant text to train on"
 
 Messages = Sequence[Mapping[str, Any]]

@@ -67,6 +67,12 @@ def features_key(
     }
 
 
+def cache_folder(name: str) -> Path:
+    """Return the user's folder for one kind of cached data, in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "flamingo_ft" / name
+
+
 def folder_name(key: Mapping[str, Any]) -> str:
     """Return a digest of a key."""
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]

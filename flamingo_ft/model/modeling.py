@@ -23,6 +23,7 @@ from .compat import deprecate_kwarg, keep_weights
 from .configuration import FlamingoConfig
 from .core import FlamingoCore
 from .cross_attention import GatedCrossAttentionBlock
+from .label_positions import LabelPositions
 from .language_model_inputs import get_cache, language_model_inputs
 from .media import media_input
 from .perceiver import PerceiverResampler
@@ -168,9 +169,24 @@ class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, Generation
             return self.lang_encoder(input_ids=input_ids, **inputs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run `forward`; with TRL's fused loss (``fused_lm_head``), the frozen head gets no gradient."""
-        with self.scoring_rows_apart() if kwargs.get("fused_lm_head") else nullcontext():
+        """Run `forward`.
+
+        With TRL's fused loss (``fused_lm_head``), only the positions that predict a label are scored, and the
+        frozen head gets no gradient.
+        """
+        if not kwargs.get("fused_lm_head"):
             return super().__call__(*args, **kwargs)
+        with self.scoring_rows_apart():
+            if kwargs.get("labels") is None:  # it is given `shift_labels`, and scores all of them
+                return super().__call__(*args, **kwargs)
+            labels = LabelPositions.of(kwargs.pop("labels"))
+            selected = {"shift_labels": labels.tokens, "predicting": labels.places}
+            # As the first of the hooks, so that the others see the restored output.
+            restoring = self.register_forward_hook(lambda _, __, output: labels.restore(output), prepend=True)
+            try:
+                return super().__call__(*args, **kwargs, **selected)
+            finally:
+                restoring.remove()
 
     def scoring_rows_apart(self) -> AbstractContextManager[None]:
         """Compute the logits of the trained token rows separately inside the context.

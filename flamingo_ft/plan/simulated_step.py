@@ -172,7 +172,7 @@ def _loss(
     """Return a loss of the method's passes in their order. models: the policy, and the reference if any."""
     policy, *references = models
     if config.method == "sft":
-        log_probs, *_metrics = _log_probs(policy, inputs, device, SFT_METRICS, labels_only=True)
+        log_probs, *_metrics = _log_probs(policy, inputs, device, SFT_METRICS)
         return -log_probs.sum() / inputs["labels"][:, 1:].numel()
     compared: list[Tensor] = []
     if config.method == "grpo":
@@ -208,7 +208,6 @@ def _log_probs(
     inputs: dict[str, Tensor],
     device: Device,
     metrics: Sequence[str],
-    labels_only: bool = False,
 ) -> tuple[Tensor, ...]:
     """Run the backbone and TRL's fused output head (trl.trainer.utils.add_fused_lm_head).
 
@@ -223,7 +222,7 @@ def _log_probs(
     hidden, labels = output.last_hidden_state[:, :-1], inputs["labels"][:, 1:]
     temperature = logit_scale = 1.0
     return ChunkedLogProbFunction.apply(
-        _head_inputs(hidden, device, labels_only),
+        _head_inputs(hidden, device),
         weight,
         bias,
         labels.clamp(min=0).reshape(-1),
@@ -235,13 +234,12 @@ def _log_probs(
     )
 
 
-def _head_inputs(hidden: Tensor, device: Device, labels_only: bool) -> Tensor:
+def _head_inputs(hidden: Tensor, device: Device) -> Tensor:
     """Flatten hidden states (B, T, D) to (B * T, D), copied as the selection of label positions does.
 
-    labels_only: this package selects them before the head; on a GPU, TRL selects them once more.
+    This package selects them before the head; on a GPU, TRL selects them once more.
     """
-    if labels_only:
-        hidden = _select_all(hidden)[None]
+    hidden = _select_all(hidden)[None]
     return _select_all(hidden) if device == "cuda" else hidden.reshape(-1, hidden.shape[-1])
 
 

@@ -116,7 +116,7 @@ def run_evaluation(
                 loss = trainer.compute_loss(model, trainer.prepare_inputs(inputs))
             total += torch.stack([loss.double() * weight, torch.full_like(loss, weight, dtype=torch.float64)])
             if weight and (eval_batches.can_swap or eval_batches.has_text_only):
-                losses += row_losses(outputs[-1], inputs["labels"])
+                losses += row_losses(outputs[-1])
             outputs.clear()
     loss_sum, weight_sum = trainer.accelerator.reduce(total).tolist()
     metrics = {"eval_loss": loss_sum / weight_sum}

@@ -21,7 +21,7 @@ from flamingo_ft.evaluation.metrics.user_metric import user_metric
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 
 from .compat import add_fused_lm_head
-from .trainer import FlamingoTrainerMixin, checkpointing_name_warning_ignored, select_label_positions
+from .trainer import FlamingoTrainerMixin, checkpointing_name_warning_ignored
 
 RewardFunction = Callable[..., list[float | None]]
 
@@ -88,14 +88,14 @@ class FlamingoGrpoTrainer(FlamingoTrainerMixin, GRPOTrainer):  # pyrefly: ignore
         return super().compute_loss(model, inputs, *arguments, **options)
 
     def score_labels(self, inputs: Mapping[str, Any]) -> Any:
-        """Return TRL's fused output on a batch, with ``log_probs`` (1, N) of the N label tokens.
+        """Return TRL's fused output on a batch, with ``log_probs`` (B, T - 1), zero where there is no label.
 
         At temperature 1, while sampled answers are scored at the temperature that they are sampled at.
         """
         sampling_forward = self.model.forward
         self.model.forward = self._forward_at_temperature_1
         try:
-            return self.model(**select_label_positions(inputs), use_cache=False, fused_lm_head=True)
+            return self.model(**inputs, use_cache=False, fused_lm_head=True)
         finally:
             self.model.forward = sampling_forward
 

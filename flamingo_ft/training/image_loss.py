@@ -2,7 +2,7 @@
 
 Only forward passes in evaluation mode, without random numbers: training does not change by a bit.
 
-Shapes: B rows, T text tokens, N label tokens of all rows together.
+Shapes: B rows, T text tokens.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from flamingo_ft import processes
 from flamingo_ft.config import Recipe
-from flamingo_ft.data.encode import IGNORED
 from flamingo_ft.evaluation.image_loss_gap import ImageLossGap
 from flamingo_ft.evaluation.loss_by_kind import LossByKind
 
@@ -101,22 +100,16 @@ def _losses(trainer: Any, eval_batches: EvalBatches) -> list[RowLoss]:
         with trainer.compute_loss_context_manager():
             output = trainer.score_labels(trainer.prepare_inputs(inputs))
         if weight:
-            losses += row_losses(output, inputs["labels"])
+            losses += row_losses(output)
     model.train(was_training)
     return losses
 
 
-def row_losses(output: Any, labels: Tensor) -> list[RowLoss]:
-    """Return the loss of each row of ``labels`` (B, T).
-
-    output: that of TRL's fused head on label positions alone, whose ``log_probs`` are (1, N).
-    """
-    has_label = labels.cpu()[:, 1:] != IGNORED
-    rows = has_label.nonzero()[:, 0]
+def row_losses(output: Any) -> list[RowLoss]:
+    """Return the loss of each row of a batch, from what TRL's fused head returned for it."""
     # In float64 and on the CPU, where sums do not depend on an order of threads: equal losses stay equal.
-    sums = torch.zeros(len(labels), dtype=torch.float64)
-    sums.index_add_(0, rows, -output.log_probs[0].cpu().double())
-    return list(zip(sums.tolist(), has_label.sum(1).tolist(), strict=True))
+    losses = -output.log_probs.cpu().double().sum(1)
+    return list(zip(losses.tolist(), output.label_mask.sum(1).tolist(), strict=True))
 
 
 @contextmanager

@@ -26,11 +26,12 @@ from flamingo_ft.evaluation.results import AFTER, BEFORE, SHUFFLED, Results, car
 from flamingo_ft.evaluation.run_tables import run_tables
 from flamingo_ft.evaluation.select_metrics import known_metrics, select_metrics
 from flamingo_ft.inference.predictor import Predictor
-from flamingo_ft.model import FlamingoProcessor
+from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo_ft.progress import Bars, progress_bars
 from flamingo_ft.report import LiveReport, final_report
 from flamingo_ft.report.run_folder import LogFile, write_log
 
+from .automatic_cache import automatic_cache
 from .build import build_model, check_settings, count_source_rows, first_batches, make_trainer
 from .checkpoint_folders import (
     checkpoint_root,
@@ -192,7 +193,8 @@ def _run(
         # occurs in all of them.
         with processes.raise_together():
             callbacks = _callbacks(recipe, processor, progress, stop)
-            trainer = make_trainer(model, processor, data, recipe, callbacks)
+            cached = _with_automatic_cache(recipe, model, data, log)
+            trainer = make_trainer(model, processor, data, cached, callbacks)
         if uploads is not None:
             trainer.add_callback(PushCheckpoints(uploads, checkpoint_root(recipe.train), trainer.meter))
         if processes.is_main():
@@ -221,6 +223,18 @@ def _run(
         atomic.write_text(output_dir / METRICS_FILE, json.dumps(metrics, indent=2) + "\n")
     processes.barrier()
     return metrics
+
+
+def _with_automatic_cache(
+    recipe: Recipe, model: FlamingoForConditionalGeneration, data: OpenedData, log: LogFunction | None
+) -> Recipe:
+    """Return the recipe with the feature cache that pays for it, if any, and log that."""
+    chosen = automatic_cache(model, data, recipe)
+    if chosen is None:
+        return recipe
+    if log and processes.is_main():
+        log(chosen.note())
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"cache": chosen.section})})
 
 
 def _open_data(recipe: Recipe, checkpoint: Path | None, on_data: DataCallback | None) -> OpenedData:

@@ -21,7 +21,6 @@ from flamingo_ft import processes
 from flamingo_ft.adapters.trainable import frozen_copy, match_training_mode, zero_dropout
 from flamingo_ft.backbones.cpu_attention import float32_attention_on_cpu
 from flamingo_ft.data.batches import BatchContents, Batches
-from flamingo_ft.data.encode import IGNORED
 from flamingo_ft.model import FlamingoForConditionalGeneration
 from flamingo_ft.model.sharding import is_sharded
 
@@ -256,16 +255,11 @@ class FlamingoTrainerMixin(TrainerBase):
 
 
 class FlamingoTrainer(FlamingoTrainerMixin, SFTTrainer):
-    """Supervised fine-tuning; only the positions that predict a label are scored."""
-
-    def compute_loss(
-        self, model: torch.nn.Module, inputs: dict[str, Any], *arguments: Any, **options: Any
-    ) -> Any:
-        return super().compute_loss(model, select_label_positions(inputs), *arguments, **options)
+    """Supervised fine-tuning."""
 
     def score_labels(self, inputs: Mapping[str, Any]) -> Any:
-        """Return TRL's fused output on a batch, with ``log_probs`` (1, N) of the N label tokens."""
-        return self.model(**select_label_positions(inputs), use_cache=False, fused_lm_head=True)
+        """Return TRL's fused output on a batch: ``log_probs`` (B, T - 1), zero where there is no label."""
+        return self.model(**inputs, use_cache=False, fused_lm_head=True)
 
 
 class WithReference(FlamingoTrainerMixin):
@@ -297,22 +291,6 @@ def checkpointing_name_warning_ignored() -> Generator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         yield
-
-
-def select_label_positions(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace ``labels`` (B, T) by the N label tokens alone, so that the head scores no other position.
-
-    The head is the widest matrix of a language model, and most positions (prompts, images, padding) predict
-    no label. TRL's fused head skips those on a GPU only.
-
-    Returns the other inputs, TRL's pre-shifted ``shift_labels`` (1, N), and ``predicting`` (N, 2): row and
-    column of the position that predicts each label.
-    """
-    next_tokens = inputs["labels"][:, 1:]
-    predicting = torch.nonzero(next_tokens != IGNORED)
-    label_tokens = next_tokens[predicting[:, 0], predicting[:, 1]]
-    others = {name: value for name, value in inputs.items() if name != "labels"}
-    return others | {"shift_labels": label_tokens[None], "predicting": predicting}
 
 
 def _saved_state(trainer_folder: Path) -> TrainerState:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 
 from flamingo_ft.adapters import set_trainable
 from flamingo_ft.backbones.cpu_attention import float32_attention_on_cpu
@@ -54,13 +54,12 @@ class Ours:
     trainer: FlamingoTrainer
 
     @classmethod
-    def build(cls, folder: Path, precision: str = "fp32") -> Ours:
-        """Build it with random weights, the same at every call."""
+    def build(cls, folder: Path, precision: str = "fp32", config: PreTrainedConfig = LLAMA) -> Ours:
+        """Build it with random weights, the same at every call. config: of the language model."""
         torch.manual_seed(0)
         tower, nano = load_vision(TOWER), load_language("nano")
-        language = LanguageBackbone(
-            LlamaForCausalLM(LLAMA).requires_grad_(False), nano.tokenizer, nano.source
-        )
+        lm = AutoModelForCausalLM.from_config(config).requires_grad_(False)
+        language = LanguageBackbone(lm, nano.tokenizer, nano.source)
         model, processor = build_flamingo(tower, language, cross_attn_every_n_layers=EVERY)
         set_trainable(model, TrainableSection(new_tokens=False))
         shake(model, 0.1)

@@ -22,6 +22,7 @@ from flamingo_ft.data import open_data
 from flamingo_ft.data.render import apply_template
 from flamingo_ft.formatting import GIB
 from flamingo_ft.model.build import backbone_files, text_limit
+from flamingo_ft.model.label_positions import LabelPositions
 from flamingo_ft.model.parts import trainable_parameters
 from flamingo_ft.plan import Plan, Planner, plan_memory
 from flamingo_ft.plan.longest_batch import Batch, longest_batch
@@ -29,7 +30,6 @@ from flamingo_ft.plan.memory_tracker import MemoryTracker
 from flamingo_ft.plan.meta_model import build_meta_model
 from flamingo_ft.plan.plan_report import Gpu, suggest_changes, with_values
 from flamingo_ft.training.build import build_model, first_batches, make_trainer
-from flamingo_ft.training.trainer import select_label_positions
 from tests.thinned import slow
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
@@ -140,10 +140,8 @@ COMMON_CASES = ("defaults", "nf4, LoRA alone, checkpointing")
 )
 def test_the_planned_peak_and_weights_are_those_of_a_real_run(tmp_path, data, overrides, monkeypatch):
 
-    def label_every_token(inputs):  # as the plan does
-        return select_label_positions(inputs | {"labels": inputs["input_ids"]})
-
-    monkeypatch.setattr("flamingo_ft.training.trainer.select_label_positions", label_every_token)
+    label_positions = LabelPositions.of
+    monkeypatch.setattr(LabelPositions, "of", lambda labels: label_positions(labels.clamp(min=0)))  # all
     method = next((text[13:] for text in overrides if text.startswith("train.method=")), "sft")
     recipe = quickstart(data[method], f"train.output_dir={tmp_path}", *overrides)
     model, processor = build_model(recipe)

@@ -24,12 +24,6 @@ from flamingo_ft.model.media import encode_distinct
 BATCH_SIZE = 16  # images
 
 
-def cache_folder() -> Path:
-    """Return the folder that features are kept in: ``$XDG_CACHE_HOME/flamingo_ft`` or ``~/.cache/...``."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "flamingo_ft" / "features"
-
-
 @torch.no_grad()
 def image_features(
     predictor: Predictor,

@@ -9,6 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
+from flamingo_ft.data.feature_store import cache_folder
 from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.metrics import Prediction, Ranked
 from flamingo_ft.evaluation.questions import Question, with_gray_images, with_other_images
@@ -23,7 +24,7 @@ from .demonstrations import (
     vote_of,
     with_shuffled_answers,
 )
-from .features import cache_folder, image_features
+from .features import image_features
 from .images import check_images
 from .prompts import chat_prompt, few_shot_prompt
 from .task import Example, Task
@@ -76,9 +77,9 @@ def prepare(
 ) -> Asked:
     """Read the files of a task and choose examples and their demonstrations.
 
-    cache: folder of image features; by default `cache_folder`. on_batch: called with the number of images
-    whose features are there. Raises UserError for files that are not as published, for missing images, and
-    for shots of a task without training rows.
+    cache: folder of image features; by default the user's `cache_folder`. on_batch: called with the number of
+    images whose features are there. Raises UserError for files that are not as published, for missing images,
+    and for shots of a task without training rows.
     """
     folder = task.open(data)
     every = task.eval_examples(folder)
@@ -90,7 +91,7 @@ def prepare(
     train = task.train_examples(folder)
     count = count_demonstrations(protocol.shots)
     if protocol.choice == "rices":
-        chosen = _nearest(predictor, examples, train, count, cache or cache_folder(), on_batch)
+        chosen = _nearest(predictor, examples, train, count, cache or cache_folder("features"), on_batch)
     else:
         chosen = draw_demonstrations(len(every), len(train), count, protocol.seed, protocol.max_samples)
     demonstrations = [[train[number] for number in numbers] for numbers in chosen]
