@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from flamingo_ft import cli
 from flamingo_ft.adapters import load_trained
+from flamingo_ft.backbones import compat, precision
 from flamingo_ft.config import load_recipe
 from flamingo_ft.inference.answer import answer
 from flamingo_ft.inference.predictor import Predictor
@@ -62,10 +63,11 @@ PICTURE, QUESTION = FOLDER / "images/fluent/1f6f6.webp", "What is this?"
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory) -> Iterator[Path]:
-    """The current directory, during which a local Hub has both backbones."""
+    """The current directory, during which a local Hub has both backbones, and dtypes are the processor's."""
     folder = tmp_path_factory.mktemp("emoji")
     with pytest.MonkeyPatch.context() as patch, in_place_of_the_hub(patch, folder) as hub:
         patch.chdir(folder)
+        patch.setattr(precision, "cpu_has_bf16", compat.cpu_has_bf16)
         put(hub, SMOLLM2, write_smollm2(folder / "smollm2"))
         put(hub, LITE0, write_lite0(folder / "lite0"))
         yield folder
