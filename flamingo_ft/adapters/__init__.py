@@ -3,6 +3,7 @@
 from flamingo_ft.model import FlamingoForConditionalGeneration
 from flamingo_ft.model.parts import trainable_parameters
 
+from . import peft_import as peft_import  # before any other import of peft
 from .card import write_card
 from .check_start import check_start
 from .composition import load_composition, load_from_folders, name_base, write_composition

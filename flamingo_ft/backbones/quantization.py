@@ -8,10 +8,12 @@ double quantization.
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol
+from functools import cache
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,19 +22,40 @@ from transformers import BitsAndBytesConfig, Conv1D
 from flamingo_ft.backbones.precision import DTYPES, half_dtype
 from flamingo_ft.errors import UserError
 
-bnb: Any = None  # without bitsandbytes, everything that is not quantized works
-with suppress(ImportError):
-    import bitsandbytes as bnb  # imports its `functional` itself
-
 OUTLIER_THRESHOLD = 6.0  # LLM.int8(), section 3.2: activations beyond it are not rounded
 
-if bnb is not None:
 
-    class Linear8bit(bnb.nn.Linear8bitLt):
+@cache
+def bitsandbytes() -> Any:
+    """Import bitsandbytes; None if it is not installed, in which case all that is not quantized works.
+
+    Only what quantizes asks for it: it takes a second to import, most of it for torch's compiler.
+    """
+    with suppress(ImportError):
+        import bitsandbytes as package  # imports its `functional` itself
+
+        return package
+    return None
+
+
+def _imported() -> Any:
+    """Return bitsandbytes if anything has imported it: without it, no layer is quantized."""
+    return sys.modules.get("bitsandbytes")
+
+
+@cache
+def _linear_8bit() -> type:
+    """Return the class of 8-bit layers."""
+
+    base: Any = bitsandbytes().nn.Linear8bitLt
+
+    class Linear8bit(base):
         """8-bit layer for inputs (..., D); that of bitsandbytes fails on (N, H, W, D), as in ConvNeXt."""
 
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+
+    return Linear8bit
 
 
 class QuantizedSection(Protocol):
@@ -105,18 +128,20 @@ def require_bitsandbytes(what: str, instead: str = "none") -> None:
 
     what: the option that needs it. instead: the value of that option that does not.
     """
-    if bnb is None:
+    if bitsandbytes() is None:
         raise UserError(f"{what} needs bitsandbytes; pip install bitsandbytes, or use {instead}")
 
 
 def is_quantized(module: nn.Module) -> bool:
     """Return whether a module is a linear layer whose matrix bitsandbytes keeps in 8 or 4 bits."""
+    bnb = _imported()
     return bnb is not None and isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt))
 
 
 def quantization_formats(module: nn.Module) -> set[str]:
     """Return the formats, "int8" and "4bit", of the quantized matrices in a module."""
     formats: set[str] = set()
+    bnb = _imported()
     if bnb is not None:
         for part in module.modules():
             if isinstance(part, bnb.nn.Linear8bitLt):
@@ -155,21 +180,22 @@ def normalize_bnb_layers(module: nn.Module) -> None:
 
     On some CPUs (AVX-512 BF16) bitsandbytes repacks 4-bit matrices for a bfloat16 kernel at the first
     evaluation. After that they can be neither trained through nor read, and results depend on the machine: it
-    is switched off. 8-bit layers become `Linear8bit`. Call it on every module in which bitsandbytes or
+    is switched off. 8-bit layers become `_linear_8bit`. Call it on every module in which bitsandbytes or
     transformers replaced layers.
     """
+    bnb = _imported()
     if bnb is None:
         return
     for part in module.modules():
         if isinstance(part, bnb.nn.Linear4bit):
             part.support_avx512bf16_for_cpu = False
         elif type(part) is bnb.nn.Linear8bitLt:
-            part.__class__ = Linear8bit
+            part.__class__ = _linear_8bit()
 
 
 def _quantize(layer: nn.Linear, config: BitsAndBytesConfig, device: torch.device) -> nn.Module:
     """Return the layer quantized, on ``device``; bitsandbytes quantizes a weight when it is moved there."""
-    quantized: Any
+    bnb, quantized = bitsandbytes(), cast(Any, None)
     if config.load_in_8bit:
         quantized = bnb.nn.Linear8bitLt(
             layer.in_features,
@@ -232,12 +258,10 @@ def cast_in_range(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 @torch.no_grad()
 def dequantized_weight(layer: Any) -> Tensor:
     """Return the matrix (out, in) that a quantized layer multiplies by."""
-    weight = layer.weight
+    bnb, weight = bitsandbytes(), layer.weight
     if isinstance(layer, bnb.nn.Linear4bit):
-        # pyrefly: ignore[implicit-import]
         return bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
     scales = layer.state.SCB if weight.SCB is None else weight.SCB
-    # pyrefly: ignore[implicit-import]
     return bnb.functional.int8_vectorwise_dequant(weight.data, scales)
 
 
@@ -279,7 +303,7 @@ def shared_quantization_state(module: Any) -> dict[int, Any]:
     """
     if not is_quantized(module):
         return {}
-    if isinstance(module, bnb.nn.Linear4bit):
+    if isinstance(module, bitsandbytes().nn.Linear4bit):
         return {id(module.quant_state): module.quant_state}
     if module.weight.CB is not None:
         module.init_8bit_state()  # otherwise the first of the two that runs would move the scales to itself

@@ -19,6 +19,7 @@ from torch import nn
 from flamingo_ft.backbones.precision import autocast_dtype
 from flamingo_ft.backbones.visual_tokens import image_shape, spatial_tokens
 from flamingo_ft.config import CacheSection, Recipe
+from flamingo_ft.config.tables import VISION
 from flamingo_ft.data import OpenedData, Sample
 from flamingo_ft.data.feature_cache import BATCH_SIZE
 from flamingo_ft.data.feature_store import cache_folder
@@ -60,10 +61,11 @@ def automatic_cache(
     if not recipe.data.auto_cache or not _can_cache(model.vision_encoder, recipe):
         return None
     per_epoch, samples = steps_per_epoch(recipe, data), samples_per_epoch(recipe, data)
-    if per_epoch is None or samples is None:  # streamed
+    steps = recipe.train.max_steps
+    if per_epoch is None or samples is None or steps is None:  # streamed
         return None
     images = _images_per_sample(data, recipe)
-    epochs = recipe.train.max_steps / float(per_epoch)
+    epochs = steps / float(per_epoch)
     is_small = recipe.train.samples_per_batch * images < BATCH_SIZE
     size = samples * images * _token_bytes(model.vision_encoder)
     if epochs < MIN_EPOCHS + is_small or size > MAX_GIB * GIB or not images:
@@ -78,7 +80,7 @@ def _can_cache(tower: nn.Module, recipe: Recipe) -> bool:
     return (
         recipe.data.cache is None
         and recipe.data.augmentation is None
-        and recipe.lora.vision is None
+        and VISION.name not in recipe.lora.parts
         and recipe.train.method != "grpo"
         and not recipe.train.fsdp
         and recipe.model.vision.quantization != "int8"  # its tokens depend on the batch

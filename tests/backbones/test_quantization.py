@@ -214,7 +214,7 @@ def test_quantizing_a_quantized_model_is_refused(method, tmp_path):
 
 
 def test_without_bitsandbytes_quantization_is_refused_with_the_remedy(monkeypatch):
-    monkeypatch.setattr(quantization, "bnb", None)
+    monkeypatch.setattr(quantization, "bitsandbytes", lambda: None)
     for loader in (load_language, load_vision):
         message = refusal(loader, "nano", quantization=Quantization("int8"))
         assert message == "quantization int8 needs bitsandbytes; pip install bitsandbytes, or use none"

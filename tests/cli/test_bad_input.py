@@ -151,7 +151,7 @@ def test_impossible_quantization_lora_and_init_from_settings_are_refused(here, c
 
 
 def test_quantization_without_bitsandbytes_is_refused(here, capsys, monkeypatch):
-    monkeypatch.setattr(quantization, "bnb", None)
+    monkeypatch.setattr(quantization, "bitsandbytes", lambda: None)
     line = refused(capsys, "train", "recipe.yaml", "model.language.quantization=nf4")
     assert "quantization nf4 needs bitsandbytes; pip install bitsandbytes, or use none" in line
 

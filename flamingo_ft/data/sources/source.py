@@ -17,7 +17,6 @@ from flamingo_ft.data.schemas import SCHEMAS, RowReader
 from flamingo_ft.data.schemas.reader import detect_format
 from flamingo_ft.errors import UserError
 
-from . import datasets_rows
 from .tar_rows import TarRows
 from .tar_samples import IMAGES
 from .text_rows import DelimitedRows, JsonLines, JsonRows
@@ -56,6 +55,17 @@ class RowFile(Protocol):
         ...
 
 
+def _datasets_rows() -> Any:
+    """Import the rows that `datasets` reads: most data are text, and it takes half a second to import."""
+    from . import datasets_rows
+
+    return datasets_rows
+
+
+def _open_table(path: Path, indexed: bool) -> RowFile:
+    return _datasets_rows().open_table(path, indexed=indexed)
+
+
 READERS: dict[str, Callable[..., RowFile]] = {
     ".jsonl": JsonLines,
     ".ndjson": JsonLines,
@@ -65,8 +75,8 @@ READERS: dict[str, Callable[..., RowFile]] = {
     ".tar": TarRows,
     ".tgz": TarRows,
     ".tar.gz": TarRows,
-    ".parquet": datasets_rows.open_table,
-    ".arrow": datasets_rows.open_table,
+    ".parquet": _open_table,
+    ".arrow": _open_table,
 }
 
 
@@ -209,7 +219,8 @@ def open_row_files(entry: DataSource) -> list[RowFile]:
     """Open the files of a source, in the order of their names."""
     if entry.path is None:
         assert entry.hub is not None  # the recipe is checked for having one of the two
-        return [datasets_rows.load_hub(entry.hub, entry.config, entry.split, entry.revision, entry.streaming)]
+        load_hub = _datasets_rows().load_hub
+        return [load_hub(entry.hub, entry.config, entry.split, entry.revision, entry.streaming)]
     path = resolve_unicode(entry.path)
     if path.is_dir():
         return [_open_folder(path, entry)]
@@ -253,9 +264,8 @@ def _open_folder(path: Path, entry: DataSource) -> RowFile:
         _is_image(file) and not is_system_file(str(file.relative_to(path))) for file in path.rglob("*")
     )
     is_saved_dataset = any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
-    load = (
-        datasets_rows.load_image_folder if has_images and not is_saved_dataset else datasets_rows.load_folder
-    )
+    rows = _datasets_rows()
+    load = rows.load_image_folder if has_images and not is_saved_dataset else rows.load_folder
     return load(path, entry.split, entry.streaming)
 
 
