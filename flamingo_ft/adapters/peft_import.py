@@ -7,7 +7,6 @@ peft's layers for quantized matrices import it themselves.
 from __future__ import annotations
 
 import sys
-from importlib import import_module
 
 
 def import_peft() -> None:
@@ -16,10 +15,10 @@ def import_peft() -> None:
         return
     sys.modules["bitsandbytes"] = None  # pyrefly: ignore[unsupported-operation]
     try:
-        import_module("peft")
+        from peft.import_utils import is_bnb_available
     finally:
         del sys.modules["bitsandbytes"]
-    import_module("peft.import_utils").is_bnb_available.cache_clear()
+    is_bnb_available.cache_clear()
 
 
 import_peft()
