@@ -42,9 +42,11 @@ from flamingo_ft.plan.memory_tracker import MemoryTracker
 from flamingo_ft.training.build import build_model, make_trainer
 
 GIB = 2**30
-# MPT-7B, MPT-1B, and a shape that trains on a CPU: type, width, layers, tower, cross-attention interval.
+# MPT-7B, RedPajama-INCITE-3B, MPT-1B, and a shape that trains on a CPU: type, width, layers, tower, cross-
+# attention interval.
 SHAPES = {
     "openflamingo-9b": ("mpt", 4096, 32, "ViT-L-14", 4),
+    "openflamingo-4b": ("gpt_neox", 2560, 32, "ViT-L-14", 2),
     "openflamingo-3b": ("mosaic_gpt", 2048, 24, "ViT-L-14", 1),
     "scaled": ("mpt", 1024, 8, "ViT-B-32", 2),
 }
@@ -74,6 +76,10 @@ def write_recipe(folder: Path, shape: str, text_tokens: int, images: int) -> Pat
     """Write the language model's configuration and tokenizer, samples of one size, and a recipe for both."""
     model_type, width, layers, tower, every = SHAPES[shape]
     sizes = {"d_model": width, "n_layers": layers, "n_heads": width // 128, "vocab_size": VOCABULARY}
+    if model_type == "gpt_neox":
+        names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+        sizes = dict(zip(names, (width, layers, width // 80, VOCABULARY), strict=True))
+        sizes["intermediate_size"] = 4 * width
     AutoConfig.for_model(model_type, **sizes, dtype="bfloat16").save_pretrained(folder / "lm")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(NANO_FOLDER / name, folder / "lm" / name)
@@ -114,7 +120,10 @@ def build(recipe: Recipe, device: str) -> tuple[FlamingoForConditionalGeneration
         random_language(config, quantization, device), tokenizer, source(model_config.language)
     )
     tower = load_vision(
-        model_config.vision.name, quantization=Quantization.of(model_config.vision), device=device
+        model_config.vision.name,
+        quantization=Quantization.of(model_config.vision),
+        device=device,
+        dtype=torch.bfloat16,
     )
     with torch.device(device):
         options = {"cross_attn_every_n_layers": model_config.cross_attn_every_n_layers}
@@ -132,14 +141,16 @@ def source(section: object) -> dict:
     return {"name": section.name, "revision": None, "sha256": "random"}
 
 
-def random_language(config: PreTrainedConfig, quantization: Quantization, device: str) -> PreTrainedModel:
-    """Return a random quantized language model, with at most one matrix unquantized at a time."""
-    dtype = quantization.dtype
+def random_language(
+    config: PreTrainedConfig, quantization: Quantization | None, device: str
+) -> PreTrainedModel:
+    """Return a random language model, in bf16 or quantized with one matrix at most unquantized at a time."""
+    dtype = torch.bfloat16 if quantization is None else quantization.dtype
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config, dtype=dtype)
     kept = get_keys_to_not_convert(lm)
     for name, layer in list(lm.named_modules()):
-        if isinstance(layer, nn.Linear) and name not in kept:
+        if quantization is not None and isinstance(layer, nn.Linear) and name not in kept:
             holder = nn.Sequential(layer.to_empty(device=device))
             nn.init.normal_(layer.weight, std=0.02)
             quantize_linears(holder, quantization, device)
