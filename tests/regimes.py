@@ -13,17 +13,20 @@ from flamingo_ft.config import Recipe, load_recipe
 from flamingo_ft.data import open_data
 from flamingo_ft.training.build import build_model, make_trainer
 
+# In float32, so that processes of their own compute as this one does.
 RECIPE = """\
 # a small run
 model:
-  vision: {name: nano}
-  language: {name: nano}
+  vision: {name: nano, compute_dtype: fp32}
+  language: {name: nano, compute_dtype: fp32}
   perceiver: {num_latents: 3, depth: 1, heads: 2, dim_head: 8}
   cross_attention: {heads: 2, dim_head: 8}
 data: {train: [{path: train.jsonl}]}
-train: {output_dir: run, max_steps: 1, batch_size: 2, learning_rate: 1.0e-2, logging_steps: 1, num_workers: 0}
+train: {output_dir: run, max_steps: 1, batch_size: 2, learning_rate: 1.0e-2, precision: fp32,
+  logging_steps: 1, num_workers: 0}
 """
 NOTHING_WHOLE = "trainable={perceiver: false, cross_attention: false, new_tokens: false}"
+AUTO = ("train.precision=auto", "model.vision.compute_dtype=auto", "model.language.compute_dtype=auto")
 LORA = "lora.language={r: 4, lora_alpha: 8}"
 LORA_ON_BRIDGE = (
     "lora.cross_attention={r: 2}",

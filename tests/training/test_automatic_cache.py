@@ -11,10 +11,10 @@ from flamingo_ft.training import automatic_cache as module
 from flamingo_ft.training.automatic_cache import automatic_cache
 from flamingo_ft.training.train import train
 
-from ..regimes import build, recipe
+from ..regimes import AUTO, build, recipe
 
 # The data have two rows with an image each: two epochs of one batch.
-TWO_EPOCHS = ("train.max_steps=2", "train.batch_size=2")
+TWO_EPOCHS = (*AUTO, "train.max_steps=2", "train.batch_size=2")
 
 
 @pytest.fixture(autouse=True)

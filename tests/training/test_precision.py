@@ -15,7 +15,7 @@ from flamingo_ft.training.evaluation import Evaluator
 from flamingo_ft.training.preflight import check_precision
 from flamingo_ft.training.train import train
 
-from ..regimes import LORA, build, quantized, recipe, trainer
+from ..regimes import AUTO, LORA, build, quantized, recipe, trainer
 
 BF16, FP16 = torch.bfloat16, torch.float16
 
@@ -55,7 +55,7 @@ def test_the_plan_for_a_cpu_computes_as_it_trains(machine):
 @pytest.mark.parametrize("form", [None, "nf4"])
 @pytest.mark.parametrize("machine", ["CPU with bf16"], indirect=True)
 def test_frozen_backbones_are_kept_in_bf16_unless_it_is_switched_off(small_run, machine, form):
-    overrides = (LORA, *(quantized(form) if form else ()))
+    overrides = (*AUTO, LORA, *(quantized(form) if form else ()))
     for word, expected in (("auto", BF16), ("fp32", torch.float32)):
         if form and word == "fp32":
             overrides += ("model.vision.compute_dtype=fp32", "model.language.compute_dtype=fp32")
@@ -94,12 +94,12 @@ def test_held_out_questions_are_answered_under_autocast(small_run, machine):
 
 
 def test_auto_is_the_same_for_autocast_and_quantized_matrices(small_run, machine):
-    check_precision(recipe(*quantized("nf4")))
+    check_precision(recipe(*AUTO, *quantized("nf4")))
 
 
 @pytest.mark.parametrize("machine", ["A100"], indirect=True)
 def test_mixing_float16_and_bfloat16_is_refused(small_run, machine):
-    settings = ("train.precision=fp16", *quantized("nf4"))
+    settings = (*AUTO, "train.precision=fp16", *quantized("nf4"))
     with pytest.raises(
         UserError, match=r"model.vision.compute_dtype: auto is bfloat16 here.*use fp16 for both"
     ):
@@ -112,7 +112,7 @@ def test_mixing_float16_and_bfloat16_is_refused(small_run, machine):
 @pytest.mark.parametrize("setting", ["trainable.dtype=bf16", "train.optimizer_in_backward=true"])
 def test_float16_chosen_by_auto_has_the_same_restrictions_as_fp16(small_run, machine, setting):
     with pytest.raises(UserError, match=setting.partition("=")[0] + ": .*auto is float16 on this GPU"):
-        check_precision(recipe(setting))
+        check_precision(recipe("train.precision=auto", setting))
 
 
 def test_float16_without_a_gpu_is_refused_before_loading(small_run, monkeypatch):
