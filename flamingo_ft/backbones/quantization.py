@@ -180,8 +180,8 @@ def normalize_bnb_layers(module: nn.Module) -> None:
 
     On some CPUs (AVX-512 BF16) bitsandbytes repacks 4-bit matrices for a bfloat16 kernel at the first
     evaluation. After that they can be neither trained through nor read, and results depend on the machine: it
-    is switched off. 8-bit layers become `_linear_8bit`. Call it on every module in which bitsandbytes or
-    transformers replaced layers.
+    is switched off. 8-bit layers get the class of `_linear_8bit`. Call it on every module in which
+    bitsandbytes or transformers replaced layers.
     """
     bnb = _imported()
     if bnb is None:
