@@ -20,8 +20,8 @@ from flamingo_ft.publish.push import files_to_push, publishable_files
 
 from ..regimes import RECIPE, build, logits, shake
 
-LOCAL = RECIPE.replace("vision: {name: nano}", "vision: {name: models/eyes}").replace(
-    "language: {name: nano}", "language: {name: words}"
+LOCAL = RECIPE.replace("vision: {name: nano", "vision: {name: models/eyes").replace(
+    "language: {name: nano", "language: {name: words"
 )
 
 
