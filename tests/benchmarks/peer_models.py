@@ -179,6 +179,7 @@ def make_batch(size: int, images: int, tokens: int, media_token_id: int) -> Batc
     """Return a batch of samples with ``images`` images, evenly spread over ``tokens`` tokens."""
     dice = torch.Generator().manual_seed(0)
     ids = torch.randint(10, 3000, (size, tokens), generator=dice)
+    ids[ids == media_token_id] += 1
     ids[:, torch.arange(images) * (tokens // images)] = media_token_id
     labels = torch.where(ids == media_token_id, IGNORED, ids)
     labels[:, : int(tokens * (1 - ANSWER))] = IGNORED
