@@ -1,4 +1,4 @@
-"""Keep the tower's tokens on disk where it pays, without being told to by ``data.cache``.
+"""Choose a feature cache for recipes without ``data.cache``, where it pays.
 
 Only where it rounds nothing: the cache holds bf16, in which the tower of such a run computes anyway. Nothing
 of the choice depends on the state of the machine, so that a resumed run makes the same one.
