@@ -114,9 +114,10 @@ def load_whole_model(
     ``quantization`` of a model that is stored quantized.
     """
     refuse_requantizing(folder, quantization)
-    options = (
-        {"quantization_config": quantization.bnb_config()} if isinstance(quantization, Quantization) else {}
-    )
+    options = {}
+    if isinstance(quantization, Quantization):
+        quantization = quantization if dtype is None else quantization.computing_in(dtype)
+        options = {"quantization_config": quantization.bnb_config()}
     model = FlamingoForConditionalGeneration.from_pretrained(
         folder, device_map={"": default_device()}, dtype=dtype or "auto", **options
     )
@@ -192,7 +193,7 @@ def assemble_backbones(
     """
     config = resolve_local_backbones(folder, config)
     records = backbone_records(config)
-    vision = _load_vision(records["vision"], quantized, device)
+    vision = _load_vision(records["vision"], quantized, dtype, device)
     language = _load_language(records["language"], quantized, dtype, device)
     check_backbone(folder, "vision", records["vision"], vision.source)
     check_backbone(folder, "language", records["language"], language.source)
@@ -251,14 +252,19 @@ def check_backbone(folder: Path, part: str, recorded: Mapping[str, Any], loaded:
         )
 
 
-def _load_vision(record: Mapping[str, Any], quantized: bool | Quantization, device: torch.device):
+def _load_vision(
+    record: Mapping[str, Any],
+    quantized: bool | Quantization,
+    dtype: torch.dtype | Literal["auto"] | None,
+    device: torch.device,
+):
     return load_vision(
         name=record["name"],
         pretrained=record["pretrained"],
         revision=record["revision"],
         image_size=record.get("image_size"),
         tokens=TokenOptions.of(record),
-        quantization=_quantization(record, quantized),
+        quantization=_quantization(record, quantized, dtype),
         device=device,
     )
 
@@ -272,16 +278,25 @@ def _load_language(
     return load_language(
         name=record["name"],
         revision=record["revision"],
-        quantization=_quantization(record, quantized),
+        quantization=_quantization(record, quantized, dtype),
         dtype=dtype,
         device=device,
     )
 
 
-def _quantization(record: Mapping[str, Any], quantized: bool | Quantization) -> Quantization | None:
-    if isinstance(quantized, Quantization):
-        return quantized
-    return Quantization.from_record(record.get("quantization")) if quantized else None
+def _quantization(
+    record: Mapping[str, Any],
+    quantized: bool | Quantization,
+    dtype: torch.dtype | Literal["auto"] | None,
+) -> Quantization | None:
+    """Return the quantization to load with; an automatic compute dtype follows ``dtype``."""
+    quantization = quantized
+    if not isinstance(quantization, Quantization):
+        recorded = Quantization.from_record(record.get("quantization")) if quantized else None
+        if recorded is None:
+            return None
+        quantization = recorded
+    return quantization.computing_in(dtype) if isinstance(dtype, torch.dtype) else quantization
 
 
 def check_tensors(folder: Path, stored: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

@@ -11,7 +11,7 @@ import copy
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any, Literal, Protocol, cast
 
@@ -108,6 +108,13 @@ class Quantization:
         if self.compute_dtype != "auto":
             return DTYPES[self.compute_dtype]
         return half_dtype() or torch.float32
+
+    def computing_in(self, dtype: torch.dtype) -> Quantization:
+        """Return this quantization with ``dtype`` in place of an automatic compute dtype."""
+        if self.compute_dtype != "auto":
+            return self
+        (name,) = (name for name, known in DTYPES.items() if known == dtype)
+        return replace(self, compute_dtype=cast(Any, name))
 
     def bnb_config(self) -> BitsAndBytesConfig:
         """Return the configuration for transformers."""

@@ -13,7 +13,7 @@ from flamingo_ft.adapters import save_adapter
 from flamingo_ft.adapters.answering import end_token_ids
 from flamingo_ft.backbones.decoder_layers import context_length
 from flamingo_ft.backbones.language import load_language
-from flamingo_ft.backbones.quantization import quantization_formats
+from flamingo_ft.backbones.quantization import is_quantized, quantization_formats
 from flamingo_ft.backbones.vision import load_vision
 from flamingo_ft.errors import UserError
 from flamingo_ft.inference import media_inputs
@@ -90,6 +90,15 @@ def test_the_dtype_is_that_of_all_weights_but_gates(flamingo, files, tmp_path):
     torch.testing.assert_close(logits["bf16"], logits["fp32"], rtol=0, atol=0.05 * logits["fp32"].abs().max())
     with pytest.raises(UserError, match="dtype: must be one of auto, fp32, bf16, fp16, got half"):
         Predictor.from_pretrained(tmp_path / "adapter", dtype="half")
+
+
+def test_quantized_matrices_are_multiplied_in_the_dtype_too(flamingo, tmp_path, monkeypatch):
+    save_adapter(*flamingo, tmp_path / "adapter")
+    monkeypatch.setattr("flamingo_ft.backbones.precision.cpu_has_bf16", lambda: True)
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("auto", torch.bfloat16)):
+        model = Predictor.from_pretrained(tmp_path / "adapter", quantization="nf4", dtype=name).model
+        layers = [layer for layer in model.modules() if is_quantized(layer)]
+        assert layers and {layer.compute_dtype for layer in layers} == {dtype}
 
 
 def test_an_answer_depends_on_its_image(flamingo, files):
