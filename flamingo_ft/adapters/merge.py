@@ -19,6 +19,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from flamingo_ft.backbones.attention import restore_fused_attention
+from flamingo_ft.backbones.freed_memory import freed_memory_returned
 from flamingo_ft.backbones.provenance import tensors_sha256
 from flamingo_ft.backbones.quantization import (
     Quantization,
@@ -43,6 +44,7 @@ Base = Literal["bf16", "dequantized"]
 LARGEST_SHARD = "2GB"
 
 
+@freed_memory_returned()
 def write_merged(
     adapter: Path,
     folder: Path,

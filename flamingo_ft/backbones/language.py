@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from flamingo_ft.backbones.compat import weight_conversion_errors
+from flamingo_ft.backbones.freed_memory import freed_memory_returned
 from flamingo_ft.backbones.mosaic_gpt import register_mosaic_gpt
 from flamingo_ft.backbones.provenance import MODEL_CARD, files_sha256, has_vocabulary, license_in
 from flamingo_ft.backbones.quantization import Quantization, normalize_bnb_layers
@@ -81,6 +82,7 @@ class LanguageBackbone:
     license: str | None = None
 
 
+@freed_memory_returned()
 def load_language(
     name: str,
     revision: str | None = None,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils import serialization
 
 from flamingo_ft.backbones.compat import find_weights_in_folder, load_visual_state_dict
+from flamingo_ft.backbones.freed_memory import freed_memory_returned
 from flamingo_ft.backbones.provenance import tensors_sha256
 from flamingo_ft.backbones.quantization import Quantization, require_bitsandbytes
 from flamingo_ft.backbones.timm_tower import is_timm, load_timm_tower
@@ -66,6 +67,7 @@ class VisionBackbone:
     license: str | None = None
 
 
+@freed_memory_returned()
 def load_vision(
     name: str,
     pretrained: str | None = None,

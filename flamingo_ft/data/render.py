@@ -215,8 +215,8 @@ def _unmasked(spans: list[Span], answers: list[int], masked: set[int]) -> list[S
 def _answer_span(processor: FlamingoProcessor, turns: list[dict], index: int, text: str) -> Span:
     """Return where assistant turn ``index`` is in ``text``, from its first word to its end token."""
     before, _ = _render(processor, turns[:index], add_generation_prompt=True)
-    through, _ = _render(processor, turns[: index + 1])
-    through = through.rstrip()
+    is_last = index + 1 == len(turns)
+    through = (text if is_last else _render(processor, turns[: index + 1])[0]).rstrip()
     if text.startswith(through) and through.startswith(before):
         return len(before), len(through)
     return _answer_span_by_marker(processor, turns, index, text, before)

@@ -42,7 +42,9 @@ def stack_media(rows: Sequence[Sequence[Views]], name: str = "pixel_values") -> 
     if not media:
         return {}
     max_media, max_views = max(map(len, rows)), max(map(len, media))
-    values = media[0].values.new_zeros(len(rows), max_media, max_views, *media[0].values.shape[1:])
+    shape = len(rows), max_media, max_views, *media[0].values.shape[1:]
+    padded = sum(map(len, media)) < len(rows) * max_media * max_views
+    values = media[0].values.new_zeros(shape) if padded else media[0].values.new_empty(shape)
     counts = torch.zeros(len(rows), max_media, dtype=torch.long)
     for b, row in enumerate(rows):
         for m, medium in enumerate(row):

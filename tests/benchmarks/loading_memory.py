@@ -6,9 +6,7 @@ VmRSS before), and what has to fit: the loaded model and the largest file that i
 only.
 
 The growth includes the pages of mapped files (transformers maps all shards at once), which the system drops
-when it needs memory. It cannot drop the process's own memory (RssAnon), which includes freed memory that the
-allocator keeps. That varies from run to run; MALLOC_MMAP_THRESHOLD_=131072 in the environment makes it return
-all of it.
+when it needs memory. It cannot drop the process's own memory (RssAnon).
 """
 
 from __future__ import annotations

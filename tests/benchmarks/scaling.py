@@ -70,6 +70,7 @@ def draw(rows: list[tuple[str, Any, float]], path: Path) -> None:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
         axes.set_xticks(values, map(str, values))
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.set_xlabel({"images": "images in a sample", "samples": "samples in a batch"}.get(name, name))
         axes.set_ylabel("seconds of a step")
         axes.spines[["top", "right"]].set_visible(False)

@@ -108,6 +108,14 @@ def test_assisted_decoding_equals_greedy_decoding(model, assistant):
     assert torch.equal(assisted, model.generate(tokens, **options))
 
 
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_return_sequences": 2, "num_beams": 2}])
+def test_a_static_cache_gives_the_same_tokens(model, options):
+    pixels, tokens = images(2, 2), torch.cat([ids("aIbIcab"), ids("bIaIacb")])
+    options |= {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pixel_values": pixels}
+    static = model.generate(tokens, cache_implementation="static", **options)
+    assert torch.equal(static, model.generate(tokens, **options))
+
+
 def test_a_streamer_receives_the_new_tokens(model):
     received = []
 
