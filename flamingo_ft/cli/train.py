@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-from collections.abc import Generator, Sequence
+import tempfile
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,16 +17,6 @@ from flamingo_ft.errors import UserError
 if TYPE_CHECKING:
     from flamingo_ft.config import Recipe as RecipeValues
     from flamingo_ft.data import OpenedData
-
-# What a trial run changes: it is short, and leaves nothing behind.
-SMOKE_OVERRIDES = (
-    "train.max_steps=2",
-    "train.warmup_steps=0",
-    "train.checkpoint_dir=null",
-    "train.push_to_hub=null",
-    "train.report_to=[]",
-    "eval.max_samples=4",
-)
 
 
 def train(
@@ -48,8 +37,8 @@ def train(
         bool,
         typer.Option(
             "--smoke",
-            help="Try every part of the run, and every stage, with 2 steps and 4 held-out samples of each "
-            "source; what it writes is removed.",
+            help="Try every part of the run, and every stage, in seconds on this machine: 2 steps with small "
+            "stand-ins for backbones and for data that is not here; downloads nothing, keeps nothing.",
         ),
     ] = False,
 ) -> None:
@@ -63,12 +52,15 @@ def train(
         )
     if smoke and (overwrite or resume):
         raise UserError("got --smoke, whose run is removed, with --overwrite or --resume; leave them out")
+    if smoke and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("got --smoke, which is one process, in several; start it without a launcher")
     path = find_recipe(recipe)
-    settings = load_recipe(path, overrides or ())
     if smoke:
-        with _trial(path, overrides or (), settings.train.output_dir) as settings:
+        settings = load_recipe(path, overrides or (), require=())
+        with _trial(settings) as settings:
             _run(path, settings, overwrite, resume)
         return
+    settings = load_recipe(path, overrides or ())
     _run(path, settings, overwrite, resume)
     if is_main_process():
         folder = settings.train.output_dir
@@ -76,20 +68,18 @@ def train(
 
 
 @contextmanager
-def _trial(path: Path, overrides: Sequence[str], output_dir: Path) -> Generator[RecipeValues]:
-    """Yield the recipe of a trial run, whose folder, beside the run's own, is removed at the end."""
-    from flamingo_ft.config import load_recipe
+def _trial(recipe: RecipeValues) -> Generator[RecipeValues]:
+    """Yield the recipe of a trial run, whose folder is removed, and print what stands in for what."""
+    with tempfile.TemporaryDirectory(prefix="flamingo_ft_smoke_") as folder:
+        from flamingo_ft.training.trial import Trial
 
-    folder = output_dir.absolute().with_name(f"{output_dir.absolute().name}.smoke")
-    if is_main_process() and folder.exists():
-        raise UserError(f"{folder}: exists, and a trial run would remove it; rename or delete it")
-    try:
-        yield load_recipe(path, [*overrides, *SMOKE_OVERRIDES, f"train.output_dir={json.dumps(str(folder))}"])
-        if is_main_process():
-            typer.echo(f"the trial run finished; {folder} is removed", err=True)
-    finally:
-        if is_main_process():
-            shutil.rmtree(folder, ignore_errors=True)
+        trial = Trial(recipe, Path(folder))
+        for line in trial.stand_ins:
+            typer.echo(f"smoke: {line}", err=True)
+        yield trial.recipe
+        for line in trial.missing:
+            typer.echo(f"smoke: {line}", err=True)
+        typer.echo("smoke: the trial run finished; nothing of it was kept", err=True)
 
 
 def _run(path: Path, settings: RecipeValues, overwrite: bool, resume: bool) -> None:
