@@ -87,6 +87,7 @@ DATASET_FORMATS = {
     "alpaca": "instruction, output, image",
     "unpaired_preference": "prompt, completion, label, images",
     "prompt_completion": "prompt, completion, images",
+    "cauldron": "texts (pairs of user and assistant), images",
     "interleaved": "text_list and image_info, or texts and images",
     "vqa": "question, answer or answers, image",
     "caption": "image, caption or text",

@@ -141,6 +141,10 @@ def _unpaired_preference(index: int, image: str) -> Row:
     return {"prompt": QUESTION, "completion": completion, "label": good, "images": [image]}
 
 
+def _cauldron(index: int, image: str) -> Row:
+    return {"images": [image], "texts": [{"user": QUESTION, "assistant": _color(index)}]}
+
+
 def _interleaved(index: int, image: str) -> Row:
     return {"texts": [None, f"This one is {_color(index)}."], "images": [image, None]}
 
@@ -161,6 +165,7 @@ ROW_MAKERS: dict[str, Callable[[int, str], Row]] = {
     "prompt_completion": _prompt_completion,
     "preference": _preference,
     "unpaired_preference": _unpaired_preference,
+    "cauldron": _cauldron,
     "interleaved": _interleaved,
     "vqa": _vqa,
     "caption": _caption,

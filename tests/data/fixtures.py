@@ -182,6 +182,42 @@ def mimicit(folder):
 
 
 @fixture
+def messages_llava_mix(folder):
+    """As HuggingFaceH4/llava-instruct-mix-vsft has them: each block has all keys."""
+    block = {
+        "index": datasets.Value("int64"),
+        "text": datasets.Value("string"),
+        "type": datasets.Value("string"),
+    }
+    message = {"content": datasets.List(block), "role": datasets.Value("string")}
+    features = datasets.Features(
+        {"messages": datasets.List(message), "images": datasets.List(datasets.Image())}
+    )
+    image = {"index": 0, "text": None, "type": "image"}
+    rows = [
+        dialogue([image, {"index": None, **text(QUESTION)}], [{"index": None, **text(answer)}])
+        | {"images": [struct(scan)]}
+        for scan, answer in FACTS
+    ]
+    return parquet(folder, rows, features)
+
+
+@fixture
+def cauldron(folder):
+    """As The Cauldron has them, in Parquet."""
+    pair = {name: datasets.Value("string") for name in ("user", "assistant", "source")}
+    features = datasets.Features({"images": datasets.List(datasets.Image()), "texts": datasets.List(pair)})
+    rows = [
+        {
+            "images": [struct(scan)],
+            "texts": [{"user": QUESTION, "assistant": answer, "source": "scans"}],
+        }
+        for scan, answer in FACTS
+    ]
+    return parquet(folder, rows, features)
+
+
+@fixture
 def interleaved_mmc4(folder):
     return jsonl(folder, [mmc4_row(lambda scan: {"image_name": put(folder, scan)})])
 

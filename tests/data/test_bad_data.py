@@ -47,6 +47,7 @@ GOOD = {
     "caption": {"image": "a.png", "caption": "A digit."},
     "mmc4": {"text_list": ["A."], "image_info": []},
     "obelics": {"texts": ["A."], "images": [None]},
+    "cauldron": {"texts": [{"user": "What?", "assistant": "That."}], "images": []},
     "preference": {"prompt": "What?", "chosen": "This.", "rejected": "That."},
     "unpaired_preference": {"prompt": "What?", "completion": "This.", "label": True},
 }
@@ -301,6 +302,21 @@ BAD_ROWS = {
         },
         "image_info[0].raw_url: URLs are not fetched, got http://example.org/a.png; "
         "set data.allow_urls to true to allow it",
+    ),
+    "no pairs": (
+        "cauldron",
+        {"texts": [], "images": []},
+        "texts: expected at least one pair of user and assistant, got an empty list",
+    ),
+    "a pair that is text": (
+        "cauldron",
+        {"texts": ["What?"], "images": []},
+        "texts[0]: expected an object with user and assistant, got text",
+    ),
+    "a pair without an answer": (
+        "cauldron",
+        {"texts": [{"user": "What?"}], "images": []},
+        "texts[0]: assistant: missing; expected text",
     ),
     "lists of two lengths": (
         "obelics",

@@ -3,6 +3,7 @@
 Each module imported here registers the schemas it defines.
 """
 
+from . import cauldron as cauldron
 from . import dialogues as dialogues
 from . import documents as documents
 from . import mimicit as mimicit
