@@ -105,12 +105,13 @@ def _packaged_file(name: str) -> Path:
 
 
 def _data_folders(recipe: Path) -> list[Path]:
-    """Return the folders beside a recipe that contain its data."""
+    """Return the folders beside a recipe that contain its data; not those that a user has to fill."""
     values = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     sections = [values.get("data", {}), *(stage.get("data", {}) for stage in values.get("stages", ()))]
     sources = [source for data in sections for split in ("train", "eval") for source in data.get(split, ())]
     paths = [Path(source[key]) for source in sources for key in ("path", "image_root") if source.get(key)]
-    return list(dict.fromkeys(recipe.parent / path.parts[0] for path in paths))
+    folders = dict.fromkeys(recipe.parent / path.parts[0] for path in paths)
+    return [folder for folder in folders if folder.exists()]
 
 
 def _is_copy(source: Path, target: Path) -> bool:

@@ -11,6 +11,7 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
+from zlib import crc32
 
 from PIL import Image
 
@@ -66,7 +67,7 @@ def _write_jsonl(schema: str, columns: dict[str, str], folder: Path) -> Path:
     with path.open("w", encoding="utf-8") as file:
         for index in range(ROWS):
             name = f"{index}.png"
-            _picture(index).save(folder / name)
+            _picture(index, folder).save(folder / name)
             row = ROW_MAKERS[schema](index, name)
             file.write(json.dumps({columns.get(field, field): value for field, value in row.items()}) + "\n")
     return path
@@ -75,7 +76,7 @@ def _write_jsonl(schema: str, columns: dict[str, str], folder: Path) -> Path:
 def _write_mimicit(schema: str, columns: dict[str, str], folder: Path) -> Path:
     rows, images = {}, {}
     for index in range(ROWS):
-        images[f"IMG_{index}"] = _base64(_picture(index))
+        images[f"IMG_{index}"] = _base64(_picture(index, folder))
         row = {"instruction": QUESTION, "answer": f"It is {_color(index)}.", "image_ids": [f"IMG_{index}"]}
         row["rel_ins_ids"] = [f"INS_{index - 1}"] if index % 2 else []
         rows[f"INS_{index}"] = {columns.get(field, field): value for field, value in row.items()}
@@ -85,9 +86,9 @@ def _write_mimicit(schema: str, columns: dict[str, str], folder: Path) -> Path:
     return path
 
 
-def _picture(index: int) -> Image.Image:
-    """Return an image that no other row has."""
-    return Image.new("RGB", (64 + index, 48), _color(index))
+def _picture(index: int, folder: Path) -> Image.Image:
+    """Return an image that no other row has, hardly one of another folder."""
+    return Image.new("RGB", (64 + index, 48 + crc32(folder.name.encode()) % 64), _color(index))
 
 
 def _color(index: int) -> str:

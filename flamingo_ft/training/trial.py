@@ -22,7 +22,7 @@ from flamingo_ft.hub.names import NANO
 
 from .build import build_model
 
-STEPS, BATCH, SAMPLES, TOKENS = 2, 2, 4, 8  # TOKENS: of an answer
+STEPS, BATCH, SAMPLES, TOKENS = 2, 2, 4, 16  # TOKENS: of an answer
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of the nano model
 HELD_OUT = 0.25  # at least, of a source of made rows
 # Keys that belong to the recipe's backbone.
