@@ -126,8 +126,13 @@ def load_composition(folder: str | Path, **options: Any) -> FlamingoForCondition
 
 
 def name_base(adapter: str | Path, base: str) -> None:
-    """Record in an adapter's folder which composition is its base: a folder, or ``org/name`` on the Hub."""
+    """Record in an adapter's folder which composition is its base: a folder, or ``org/name`` on the Hub.
+
+    Raises UserError if ``adapter`` is not an adapter's folder.
+    """
     path = Path(adapter) / ADAPTER_CONFIG
+    if not path.is_file():
+        raise UserError(f"{adapter}: not an adapter, {path.name} not found; give the folder that a run wrote")
     values = json.loads(path.read_text(encoding="utf-8")) | {"base_model_name_or_path": base}
     path.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
 

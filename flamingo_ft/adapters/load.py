@@ -149,7 +149,7 @@ def load_base(
     Args:
         dtype: of the unquantized language model.
 
-    Other arguments and errors are those of `load_adapter`.
+    Other arguments are those of `load_adapter`. Raises UserError as it does.
     """
     folder = fetch_model(folder)
     start = None if start is None else fetch_model(start)

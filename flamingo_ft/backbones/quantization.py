@@ -117,7 +117,7 @@ class Quantization:
         return replace(self, compute_dtype=cast(Any, name))
 
     def bnb_config(self) -> BitsAndBytesConfig:
-        """Return the configuration for transformers."""
+        """Return the configuration for transformers. Raises UserError if bitsandbytes is not installed."""
         require_bitsandbytes(f"quantization {self.format}")
         if self.format == "int8":
             return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=OUTLIER_THRESHOLD)

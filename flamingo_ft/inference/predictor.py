@@ -88,6 +88,8 @@ class Predictor:
         `Quantization`; by default as in training, or as the merged model is stored. dtype: of the other
         weights, and of the computation: ``"fp32"``, ``"bf16"``, ``"fp16"``, or ``"auto"``, see
         `inference_dtype`. options: as in the constructor.
+
+        Raises UserError for an unknown option, and as `load_adapter` does.
         """
         if isinstance(quantization, str) and quantization not in FORMATS:
             known = ", ".join(FORMATS)
@@ -110,7 +112,7 @@ class Predictor:
     def batch(
         self, requests: Iterable[tuple[Any, str | None]], *, batch_size: int | None = None, **options: Any
     ) -> list[str]:
-        """Answer many ``(images, prompt)`` pairs, in their order."""
+        """Answer many ``(images, prompt)`` pairs, in their order. Raises UserError as `__call__` does."""
         prompts = [make_prompt(images, prompt) for images, prompt in requests]
         return self.answer(prompts, batch_size=batch_size, **options)
 
@@ -133,6 +135,7 @@ class Predictor:
         """Answer a dialogue and show where its last answer looks; see `look`.
 
         answer_ids: the tokens of an answer that was given already, which is then not generated again.
+        Raises UserError as `look` does.
         """
         decoding, encoded = self.decoding.updated(**options), self.encode([prompt])
         media = self.media.pixels_of([prompt])
@@ -166,7 +169,10 @@ class Predictor:
         return view_text(Box(box), self.geometry_of(image))
 
     def geometry_of(self, image: Any) -> ImageGeometry:
-        """Return where points of an image are in what the model sees of it."""
+        """Return where points of an image are in what the model sees of it.
+
+        Raises UserError for a video and for an image that cannot be read.
+        """
         if isinstance(image, Video):
             raise UserError("boxes: not supported on videos; use an image")
         medium: Any = image
@@ -181,7 +187,10 @@ class Predictor:
         on_batch: Callable[[int], None] = lambda count: None,
         **options: Any,
     ) -> list[str]:
-        """Answer dialogues, in their order. on_batch: called with the size of each finished batch."""
+        """Answer dialogues, in their order. on_batch: called with the size of each finished batch.
+
+        Raises UserError as `__call__` does.
+        """
         answers = [""] * len(prompts)
         for finished in self.batches(prompts, batch_size=batch_size, **options):
             for index, text in finished.items():
@@ -195,7 +204,8 @@ class Predictor:
         """Yield the answers of one batch after another, by the index of the prompt.
 
         Prompts of similar length share a batch, which saves padding; one that leaves less room for its answer
-        than ``max_new_tokens`` is answered alone. The model is in evaluation mode meanwhile.
+        than ``max_new_tokens`` is answered alone. The model is in evaluation mode meanwhile. Raises UserError
+        as `__call__` does.
         """
         decoding, encoded = self.decoding.updated(**options), self.encode(prompts)
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].images), len(encoded[i])))
@@ -265,7 +275,7 @@ class Predictor:
         return [scores[index] for index in range(len(prompts))]
 
     def stream_answer(self, prompt: Prompt, **options: Any) -> Generator[str]:
-        """Yield the answer to a dialogue piece by piece; see `stream`."""
+        """Yield the answer to a dialogue piece by piece. Raises UserError as `stream` does."""
         decoding = self.decoding.updated(**options)
         refuse_beams(decoding)
         (ids,) = self.encode([prompt])

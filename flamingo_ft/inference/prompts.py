@@ -29,7 +29,8 @@ class Prompt:
 def make_prompt(images: Any, prompt: str | None) -> Prompt:
     """Make a prompt of one user message from a text and its images; see `Predictor.__call__`.
 
-    Without a text, the images begin a document, as captions are trained on.
+    Without a text, the images begin a document, as captions are trained on. Raises UserError without either,
+    and if images and markers do not match.
     """
     images = as_list(images)
     if prompt is None:
@@ -47,7 +48,10 @@ def as_list(images: Any) -> list[Any]:
 
 
 def place_images(prompt: str, images: int) -> list[dict[str, str]]:
-    """Return the prompt as typed blocks; without ``<image>`` markers, the images come first."""
+    """Return the prompt as typed blocks; without ``<image>`` markers, the images come first.
+
+    Raises UserError if their numbers do not match.
+    """
     markers = prompt.count(MEDIA_TOKEN)
     if markers == 0:
         return [*[{"type": "image"}] * images, {"type": "text", "text": prompt}]

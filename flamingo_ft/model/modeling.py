@@ -213,6 +213,7 @@ class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, Generation
 
         Its options work as usual: beams, sampling, streamers, assisted decoding. pixel_values, frame_counts,
         tile_grids, vision_tokens: see `forward`. Returns what the language model's ``generate`` returns.
+        Raises UserError as `forward` does.
         """
         if generation_config is not None:
             kwargs["generation_config"] = generation_config
@@ -220,7 +221,10 @@ class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, Generation
         return self.generate_text(inputs if input_ids is None else input_ids, media, **kwargs)
 
     def cache_media(self, input_ids: Tensor, pixel_values: Tensor) -> None:
-        """Encode the media of ``input_ids`` (B, T) once, for forwards without media until `uncache_media`."""
+        """Encode the media of ``input_ids`` (B, T) once, for forwards without media until `uncache_media`.
+
+        pixel_values: see `forward`. Raises UserError for another shape.
+        """
         self.hold_media(input_ids, media_input(pixel_values))
 
     @classmethod
@@ -254,13 +258,16 @@ class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, Generation
         return head if self.token_rows is None else self.token_rows.head_with_rows(head)
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the language model's embedding; the rows of new tokens keep replacing its rows."""
+        """Replace the language model's embedding; the rows of new tokens keep replacing its rows.
+
+        Raises UserError for a value that is not a torch module, or that lacks rows of new tokens.
+        """
         check_embeddings(value, self.token_rows, "set_input_embeddings")
         self.lang_encoder.set_input_embeddings(value)
         self.follow_language_model()
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Replace the language model's output head; see `set_input_embeddings`."""
+        """Replace the language model's output head. Raises UserError as `set_input_embeddings` does."""
         check_embeddings(new_embeddings, self.token_rows, "set_output_embeddings")
         self.lang_encoder.set_output_embeddings(new_embeddings)
         self.follow_language_model()

@@ -29,7 +29,16 @@ from .sight import Visibility
 class Flamingo(FlamingoCore):
     """A Flamingo around an OpenCLIP model (its ``.visual``) and any transformers causal language model.
 
-    Keyword arguments that OpenFlamingo does not have are those of `FlamingoConfig`.
+    Args:
+        eoc_token_id: id of ``<|endofchunk|>``.
+        media_token_id: id of ``<image>``.
+        vis_dim: width of the tower's spatial tokens.
+        cross_attn_every_n_layers: and the keyword arguments that OpenFlamingo does not have: see
+            `FlamingoConfig`.
+        gradient_checkpointing: recompute activations in the backward pass.
+
+    Raises:
+        UserError: the language model's decoder layers cannot be found.
     """
 
     def __init__(
@@ -81,7 +90,8 @@ class Flamingo(FlamingoCore):
         """Run one forward and return the language model's output.
 
         lang_x (B, T); vision_x (B, M, F, C, H, W), or None for the media kept by `cache_media` or by an
-        earlier forward with ``clear_conditioned_layers=False``.
+        earlier forward with ``clear_conditioned_layers=False``. Raises UserError for another shape, and
+        ValueError for vision_x while media are cached.
         """
         if self._media_cached and vision_x is not None:
             raise ValueError(
@@ -104,7 +114,8 @@ class Flamingo(FlamingoCore):
     ) -> Any:
         """Run the language model's ``generate`` and return lang_x (B, T) with the generated tokens appended.
 
-        Generation ends at ``<|endofchunk|>`` unless ``eos_token_id`` is given.
+        vision_x (B, M, F, C, H, W). Generation ends at ``<|endofchunk|>`` unless ``eos_token_id`` is given.
+        Raises UserError for another shape.
         """
         kwargs.setdefault("eos_token_id", self.eoc_token_id)
         return self.generate_text(lang_x, media_input(vision_x), attention_mask=attention_mask, **kwargs)
@@ -112,7 +123,8 @@ class Flamingo(FlamingoCore):
     def cache_media(self, input_ids: Tensor, vision_x: Tensor) -> None:
         """Encode vision_x (B, M, F, C, H, W) once, for forwards without media until `uncache_media`.
 
-        Text without media tokens counts as text that follows input_ids (B, T).
+        Text without media tokens counts as text that follows input_ids (B, T). Raises UserError for another
+        shape.
         """
         self.hold_media(input_ids, media_input(vision_x))
         self._media_cached = True
@@ -139,7 +151,7 @@ class Flamingo(FlamingoCore):
 
         With OpenFlamingo's keys, ``strict=False`` allows missing weights of the frozen backbones, which those
         files never have, but none of the bridge; ``strict=True`` raises torch's RuntimeError for any missing
-        or unexpected key.
+        or unexpected key. Raises UserError as `load_open_flamingo` does.
         """
         if not is_open_flamingo(state_dict):
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
@@ -166,7 +178,8 @@ def create_model_and_transforms(
     """Build a Flamingo, its image transform and its tokenizer, as OpenFlamingo's function of this name does.
 
     The backbones are frozen; the perceiver, the cross-attention and, unless ``freeze_lm_embeddings``, the
-    language model's input embeddings are trainable.
+    language model's input embeddings are trainable. Raises UserError as `load_vision`, `load_language` and
+    `build_flamingo` do.
     """
     vision = load_vision(clip_vision_encoder_path, clip_vision_encoder_pretrained)
     language = load_language(lang_encoder_path, tokenizer=tokenizer_path, local_files_only=use_local_files)

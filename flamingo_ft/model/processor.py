@@ -67,6 +67,7 @@ class FlamingoImageProcessor(BaseImageProcessor):
         """Turn an image, or a list of them (`read_image` lists the forms), into pixel_values (N, C, H, W).
 
         With tiles, they are (N, F, C, H, W), with frame_counts (N,) and tile_grids (N, 2) where they differ.
+        Raises UserError for an image that cannot be read.
         """
         images = images if isinstance(images, (list, tuple)) else [images]
         batch = stack_media([[self.views(read_image(image)) for image in images]])
@@ -213,7 +214,10 @@ class FlamingoProcessor(ProcessorMixin):
                 )
 
     def read_media(self, nested: Sequence[Sequence[Any]]) -> dict[str, Tensor]:
-        """Read the images of each sample; return `stack_media` of them."""
+        """Read the images of each sample; return `stack_media` of them.
+
+        Raises UserError for an image that cannot be read.
+        """
         views = self.image_processor.views
         return stack_media([[views(read_image(image)) for image in row] for row in nested])
 
@@ -223,7 +227,7 @@ class FlamingoProcessor(ProcessorMixin):
         With ``tokenize=True``, the images in the blocks are processed too. A special token typed in a text
         block stays text: in rendered text a placeholder marks it for the processor (``special_text.restore``
         shows it). The prompt for an answer (``add_generation_prompt``) is the text that preceded answers in
-        training.
+        training. Raises UserError for a content block that is neither text nor an image.
         """
         single = isinstance(conversation[0], Mapping)
         conversations = [conversation] if single else conversation

@@ -66,6 +66,7 @@ class Plan:
 
     @property
     def trainable_parameters(self) -> int:
+        """The number of trainable values in all components."""
         return sum(component.trainable_parameters for component in self.components)
 
 
@@ -85,6 +86,11 @@ class Planner:
         self._files = backbone_files(recipe.model)
 
     def plan(self, recipe: Recipe) -> Plan:
+        """Plan one training step of a recipe.
+
+        A step of many samples is extrapolated from two smaller ones. Raises UserError for a model that needs
+        the values of tensors, as many mixtures of experts do.
+        """
         model, processor = self._build(recipe)
         batch = self._batch(recipe, model, processor)
         components = tuple(_components(model, recipe, self.device))

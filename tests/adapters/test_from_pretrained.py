@@ -57,6 +57,11 @@ def adapter_with_base(adapters, kind, tmp_path):
     return tmp_path / "adapter", tmp_path / "base"
 
 
+def test_a_base_is_named_in_adapters_alone(tmp_path):
+    with pytest.raises(UserError, match="not an adapter, adapter_config.json not found"):
+        name_base(tmp_path, "org/base")
+
+
 @each_kind
 def test_from_pretrained_loads_an_adapter_as_load_adapter_does(adapters, kind):
     expected, processor = load_adapter(adapters / kind)
