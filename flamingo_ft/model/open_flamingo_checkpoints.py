@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flamingo_ft.backbones.quantization import quantization_formats
 from flamingo_ft.config.tables import CROSS_ATTENTION, NEW_TOKENS
@@ -19,7 +19,7 @@ from flamingo_ft.formats.stored_files import first_few, unwrap_state_dict
 
 from .core import FlamingoCore
 from .parts import part_of
-from .token_rows import input_embedding
+from .token_rows import input_embedding, output_head
 
 
 @dataclass
@@ -65,8 +65,7 @@ def load_open_flamingo(model: FlamingoCore, checkpoint: str | Path | Mapping[str
     with torch.no_grad():
         for name in report.loaded:
             targets[name][: len(tensors[name])].copy_(tensors[name])
-    if model.token_rows is not None:
-        model.token_rows.copy_from(model.lang_encoder)
+    _load_token_rows(model, tensors)
     return report
 
 
@@ -91,17 +90,44 @@ def check_fits_model(model: FlamingoCore, checkpoint: ForeignCheckpoint) -> None
 
 
 def _check_vocabulary(model: FlamingoCore, tensors: Mapping[str, Tensor]) -> None:
-    """Raise UserError for a checkpoint whose vocabulary lacks tokens whose rows the model copies from it."""
+    """Raise UserError for a checkpoint whose vocabulary lacks tokens whose rows are read from it."""
     if model.token_rows is None:
         return
-    embedding = input_embedding(model.lang_encoder).weight
-    name = next(name for name, parameter in model.named_parameters() if parameter is embedding)
     last = max(model.token_rows.token_ids)
-    if name in tensors and len(tensors[name]) <= last:
-        raise UserError(
-            f"checkpoint has a vocabulary of {len(tensors[name])} tokens, but the model's go up to id "
-            f"{last} of {len(embedding)}; build the model with the tokenizer of the checkpoint"
-        )
+    for name in _vocabulary_matrices(model):
+        if name in tensors and len(tensors[name]) <= last:
+            raise UserError(
+                f"checkpoint has a vocabulary of {len(tensors[name])} tokens, but the model's go up to id "
+                f"{last} of {len(model.get_parameter(name))}; build the model with the tokenizer of the "
+                "checkpoint"
+            )
+
+
+@torch.no_grad()
+def _load_token_rows(model: FlamingoCore, tensors: Mapping[str, Tensor]) -> None:
+    """Load the rows of new tokens from the checkpoint, or from the language model if the checkpoint has none.
+
+    They are not read from the language model if the checkpoint has them: there they are rounded to its dtype,
+    so that the hash of one bridge would depend on how the language model was loaded.
+    """
+    if model.token_rows is None:
+        return
+    model.token_rows.copy_from(model.lang_encoder)
+    for name, rows in _vocabulary_matrices(model).items():
+        if name in tensors:
+            rows.weight.copy_(tensors[name][list(model.token_rows.token_ids)])
+
+
+def _vocabulary_matrices(model: FlamingoCore) -> dict[str, nn.Embedding]:
+    """Return the names of the input embedding and, untied, the output head, each with its token rows."""
+    lm, rows = model.lang_encoder, model.token_rows
+    assert rows is not None
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    matrices = {names[id(input_embedding(lm).weight)]: rows.input}
+    head = output_head(lm)
+    if head is not None and rows.output is not None:
+        matrices[names[id(head.weight)]] = rows.output
+    return matrices
 
 
 def _compare(tensors: Mapping[str, Tensor], targets: Mapping[str, Tensor], vocabulary: int) -> LoadReport:
