@@ -100,9 +100,7 @@ def write_language_model(
     folder.mkdir(parents=True)
     tied = config.get("tie_word_embeddings", True)
     kept = {
-        name: tensor.clone()
-        for name, tensor in tensors.items()
-        if not (tied and name == "lm_head.weight")
+        name: tensor.clone() for name, tensor in tensors.items() if not (tied and name == "lm_head.weight")
     }
     if shards == 1:
         torch.save(kept, folder / "pytorch_model.bin")

@@ -1,9 +1,9 @@
 """A local Hub server: enough of the HTTP API for the real `huggingface_hub` client, over plain LFS.
 
-It stores repositories with branches of commits: models under their names, datasets, which are only read, under
-"datasets/org/name". Small files are part of a commit; large files are uploaded first and referenced by
-SHA-256. `fail` makes requests fail with a status or a dropped connection,
-either at once or halfway through the response; `hold` blocks them.
+It stores repositories with branches of commits: models under their names; datasets, which are only read,
+under "datasets/org/name". Small files are part of a commit; large files are uploaded first and referenced by
+SHA-256. `fail` makes requests fail with a status or a dropped connection, either at once or halfway through
+the response; `hold` blocks them.
 """
 
 from __future__ import annotations
@@ -14,17 +14,23 @@ import json
 import re
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import huggingface_hub
 import pytest
 import transformers.utils.hub
+from huggingface_hub import file_download
+from huggingface_hub.utils import _http
+
+from flamingo_ft.hub import errors
 
 WRITER, READER = "hf_thewritingtoken", "hf_thereadingtoken"
 LARGE = 1000  # bytes from which a file is uploaded through LFS
@@ -439,6 +445,13 @@ def serving() -> Iterator[Hub]:
             held.released.set()
         server.shutdown()
         server.server_close()
+
+
+def shorten_waits(patch: pytest.MonkeyPatch) -> None:
+    """Shorten the waits between attempts, of this package and of the client."""
+    patch.setattr(errors, "FIRST_WAIT", 0.01)
+    for module in (_http, file_download):
+        patch.setattr(module, "time", SimpleNamespace(**vars(time) | {"sleep": lambda seconds: None}))
 
 
 @contextmanager

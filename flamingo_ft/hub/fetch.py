@@ -11,6 +11,7 @@ from huggingface_hub import snapshot_download
 
 from flamingo_ft.errors import UserError
 
+from .compat import no_warning_of_unmatched_patterns
 from .errors import CLIENT_ERRORS, hub_error, is_transient, is_unreachable, with_retries
 from .names import HubName, commit_of, existing_path, hub_name
 from .weight_files import CONFIG_FILE, TORCH_SUFFIXES, WEIGHT_PATTERNS
@@ -99,6 +100,7 @@ def download(
         **options,
     )
     try:
-        return Path(with_retries(fetch, lambda error: is_transient(error) and not is_unreachable(error)))
+        with no_warning_of_unmatched_patterns():
+            return Path(with_retries(fetch, lambda error: is_transient(error) and not is_unreachable(error)))
     except CLIENT_ERRORS as error:
         raise hub_error(name, error) from None

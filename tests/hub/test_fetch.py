@@ -247,3 +247,8 @@ def test_a_deleted_cache_is_filled_again(hub, tmp_path):
     fetch_model(REPO)
     shutil.rmtree(tmp_path / "hub_cache")
     assert files_in(fetch_model(REPO)) == {"config.json", "model.safetensors"}
+
+
+def test_a_format_that_a_repository_does_not_have_is_no_warning(hub, caplog):
+    put(hub, {"checkpoint.pt": b"w" * 2000})
+    assert fetch_model(REPO).name == "checkpoint.pt" and caplog.text == ""

@@ -15,7 +15,6 @@ from typing import Any
 
 import datasets
 import torch
-from open_clip import CLIP
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -34,6 +33,7 @@ LLAVA, VQA_RAD = "liuhaotian/LLaVA-Instruct-150K", "flaviagiammarino/vqa-rad"
 
 COLORS = ("red", "green", "blue", "white")
 QUESTION = "what color is the field?"
+SPECIAL = ("<|endoftext|>", "<|padding|>")
 MPT_CODE = (
     "adapt_tokenizer", "attention", "blocks", "configuration_mpt", "flash_attn_triton",
     "hf_prefixlm_converter", "meta_init_context", "modeling_mpt", "norm", "param_init_fns",
@@ -97,6 +97,7 @@ def _write_incite(folder: Path) -> Path:
     config, weights = hub_folders.small_language_model("gpt_neox")
     earlier = {"lm_head.weight": "embed_out.weight"}
     tensors = {earlier.get(name, name): tensor.half() for name, tensor in weights.items()}
+    tensors["embed_out.weight"] = _printable(tensors["embed_out.weight"])
     tensors |= _neox_buffers("gpt_neox.layers.{}.attention", config, torch.float16)
     hub_folders.write_language_model(folder, config, tensors, shards=1)
     _write_neox_tokenizer(folder)
@@ -125,6 +126,7 @@ def _write_mpt(folder: Path) -> Path:
     """Three shards in float32 beside the model's own code, which nothing may run."""
     config, weights = hub_folders.small_language_model("mpt")
     config |= {"_name_or_path": "mosaicml/mpt-7b", "torch_dtype": "float32"}
+    weights["transformer.wte.weight"] = _printable(weights["transformer.wte.weight"])
     hub_folders.write_language_model(folder, config, weights, shards=3)
     for module in MPT_CODE:
         (folder / f"{module}.py").write_text('raise RuntimeError("code of the repository was run")\n')
@@ -137,25 +139,33 @@ def _write_mpt(folder: Path) -> Path:
     return folder
 
 
+def _printable(matrix: Tensor) -> Tensor:
+    """Shrink the rows of tokens that are no ASCII characters, so that greedy answers can be read."""
+    characters = [index for index, token in enumerate(_tokens()) if len(token) == 1 and "!" <= token <= "~"]
+    shrunk = matrix / 10
+    shrunk[characters] = matrix[characters]
+    return shrunk
+
+
 def _write_neox_tokenizer(folder: Path) -> None:
     """GPT-NeoX's tokenizer without merges: special tokens first, runs of spaces as added tokens last."""
-    special = ("<|endoftext|>", "<|padding|>")
-    vocabulary = {token: index for index, token in enumerate([*special, *_alphabet()])}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(_tokens())}, []))
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(list(special))
+    tokenizer.add_special_tokens(list(SPECIAL))
     tokenizer.add_tokens([AddedToken(" " * length, normalized=True) for length in range(24, 1, -1)])
     tokenizer.save(str(folder / "tokenizer.json"))
-    names = dict.fromkeys(("bos_token", "eos_token", "unk_token"), special[0])
+    names = dict.fromkeys(("bos_token", "eos_token", "unk_token"), SPECIAL[0])
     _write_json(folder / "special_tokens_map.json", names)
     settings = {"add_prefix_space": False, "clean_up_tokenization_spaces": True, "model_max_length": 2048}
-    _write_json(folder / "tokenizer_config.json", {**names, **settings, "tokenizer_class": "GPTNeoXTokenizer"})
+    _write_json(
+        folder / "tokenizer_config.json", {**names, **settings, "tokenizer_class": "GPTNeoXTokenizer"}
+    )
 
 
-def _alphabet() -> list[str]:
-    return sorted(pre_tokenizers.ByteLevel.alphabet())
+def _tokens() -> list[str]:
+    return [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
 
 
 # --- Checkpoints
@@ -254,9 +264,7 @@ def _conversation(index: int) -> dict[str, Any]:
     first = f"<image>\n{question}" if image_first else f"{question}\n<image>"
     turns = [first, color, "Is there a square?", "yes"]
     speakers = ("human", "gpt") * 2
-    conversation = [
-        {"from": who, "value": text} for who, text in zip(speakers, turns, strict=True)
-    ]
+    conversation = [{"from": who, "value": text} for who, text in zip(speakers, turns, strict=True)]
     name = coco_name(index)
     return {"id": name.removesuffix(".jpg"), "image": name, "conversations": conversation}
 
