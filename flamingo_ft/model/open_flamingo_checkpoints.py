@@ -27,12 +27,14 @@ class LoadReport:
     """The keys that a checkpoint and a model share and do not share, under the model's names.
 
     missing: of the backbones; a missing or mismatched weight of the bridge raises an error instead.
+    copied_rows: rows of new tokens that the checkpoint lacks and that are the language model's, in its dtype.
     """
 
     loaded: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     mismatched: list[str] = field(default_factory=list)
+    copied_rows: list[str] = field(default_factory=list)
 
 
 def is_open_flamingo(state_dict: Mapping[str, Any]) -> bool:
@@ -65,7 +67,7 @@ def load_open_flamingo(model: FlamingoCore, checkpoint: str | Path | Mapping[str
     with torch.no_grad():
         for name in report.loaded:
             targets[name][: len(tensors[name])].copy_(tensors[name])
-    _load_token_rows(model, tensors)
+    report.copied_rows = _load_token_rows(model, tensors)
     return report
 
 
@@ -104,18 +106,24 @@ def _check_vocabulary(model: FlamingoCore, tensors: Mapping[str, Tensor]) -> Non
 
 
 @torch.no_grad()
-def _load_token_rows(model: FlamingoCore, tensors: Mapping[str, Tensor]) -> None:
-    """Load the rows of new tokens from the checkpoint, or from the language model if the checkpoint has none.
+def _load_token_rows(model: FlamingoCore, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Load the rows of new tokens from the checkpoint, and those it lacks from the language model.
 
-    They are not read from the language model if the checkpoint has them: there they are rounded to its dtype,
-    so that the hash of one bridge would depend on how the language model was loaded.
+    The checkpoint's are not read from the language model, where they are rounded to its dtype: the hash of a
+    bridge would depend on how the language model was loaded. Return the names of those that
+    the language model gave.
     """
     if model.token_rows is None:
-        return
+        return []
     model.token_rows.copy_from(model.lang_encoder)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    copied = []
     for name, rows in _vocabulary_matrices(model).items():
         if name in tensors:
             rows.weight.copy_(tensors[name][list(model.token_rows.token_ids)])
+        else:
+            copied.append(names[id(rows.weight)])
+    return copied
 
 
 def _vocabulary_matrices(model: FlamingoCore) -> dict[str, nn.Embedding]:

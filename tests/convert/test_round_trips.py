@@ -303,3 +303,20 @@ def test_rows_of_new_tokens_do_not_depend_on_the_language_models_dtype(dtype, ba
     rows, ids = model.token_rows, list(model.token_rows.token_ids)
     assert rows.input.weight.equal(tensors["lang_encoder.gpt_neox.embed_in.weight"][ids])
     assert rows.output.weight.equal(tensors["lang_encoder.embed_out.weight"][ids])
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "llama"])
+def test_an_adapter_from_a_checkpoint_loads_onto_its_base_in_another_dtype(family, backbones, tmp_path):
+    """A run on a GPU is in bfloat16, a merge in the stored dtype. These checkpoints lack the output head."""
+    known = backbones[family]
+    start = foreign.save(tmp_path / "checkpoint.pt", foreign.open_flamingo(family))
+    vision = load_vision(known.vision)
+    language = load_language(known.language, dtype=torch.bfloat16)
+    model, processor = build_flamingo(vision, language, cross_attn_every_n_layers=EVERY)
+    init_bridge(model, start)
+    set_trainable(model, TrainableSection(new_tokens=False))
+    save_adapter(model, processor, tmp_path / "trained")
+    write_composition(tmp_path / "trained", tmp_path / "base")
+    for place in (start, tmp_path / "base" / "bridge.safetensors"):
+        loaded, _ = load_adapter(tmp_path / "trained", start=place)
+        assert loaded.lang_encoder.dtype == torch.float32
