@@ -44,7 +44,12 @@ def new_machine(patch: pytest.MonkeyPatch, folder: Path) -> None:
     """Go to an empty folder, with empty caches and without a token."""
     (folder / "here").mkdir(parents=True)
     patch.chdir(folder / "here")
+    empty_caches(patch, folder)
+    patch.delenv("HF_TOKEN", raising=False)
+
+
+def empty_caches(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Use caches in a new folder."""
     patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folder / "hub"))
     patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "datasets")
     patch.setattr(datasets.config, "DOWNLOADED_DATASETS_PATH", folder / "downloads")
-    patch.delenv("HF_TOKEN", raising=False)

@@ -1,6 +1,6 @@
 """What a user with one GPU does with the released models, from the first download to push and pull.
 
-Nothing here knows the package's insides: every step is a command, and the Hub is the real client's.
+Every step is a command, with the recipes as they are and the real client of the Hub.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from huggingface_hub import hf_hub_download
 
 import flamingo_ft
 from flamingo_ft import cli
-from tests.hub_server import WRITER
+from tests.hub_server import WRITER, Hub
 
 from . import hub_contents
-from .conftest import new_machine
+from .conftest import empty_caches, new_machine
 from .hub_contents import INCITE, LLAVA, MPT, OPEN_FLAMINGO_4B, OPEN_FLAMINGO_9B, VQA_RAD
 
 pytestmark = pytest.mark.slow
@@ -72,7 +72,7 @@ def fetch_data(job: Job) -> None:
     hub_contents.write_coco(Path("train2017"))
 
 
-def downloaded_weights(hub) -> set[str]:
+def downloaded_weights(hub: Hub) -> set[str]:
     """Return the weights that were downloaded so far, as org/name/file."""
     paths = [request.removeprefix("GET /") for request in hub.requests if request.startswith("GET /")]
     files = [path.split("/resolve/") for path in paths if path.endswith(WEIGHTS)]
@@ -109,35 +109,49 @@ def test_a_plan_and_a_check_download_no_weights(job, hub, capfd):
 @pytest.mark.parametrize("job", JOBS)
 def test_a_released_model_is_trained_resumed_merged_pushed_and_pulled(job, hub, tmp_path, monkeypatch, capfd):
     fetch_data(job)
-    hub.fail("GET /.*/checkpoint.pt", half_way=True)  # breaks off once, and is continued
-    flamingo_ft_runs("train", job.recipe, *job.data, *SHORT, "train.max_steps=1")
-    assert downloaded_weights(hub) == job.weights
-    assert "No files matched" not in capfd.readouterr().err
+    train_with_a_disconnect(job, hub, monkeypatch, capfd, tmp_path / "after_the_disconnect")
     hub.requests.clear()
-    flamingo_ft_runs("train", job.recipe, *job.data, *SHORT, "train.max_steps=2", "--resume")
-    assert "resuming from runs/mine/checkpoints/step-1" in capfd.readouterr().err
-    assert json.loads(Path("runs/mine/metrics.json").read_text())["train"]["steps"] == 2
     flamingo_ft_runs("eval", "runs/mine", "eval.max_samples=2")
     flamingo_ft_runs("merge", "runs/mine", "merged")
     answers = {name: answer(name, job, capfd) for name in ("runs/mine", "merged")}
     assert downloaded_weights(hub) == set(), "everything is cached"
-
-    assert cli.main(["push", "runs/mine", "me/adapter"]) == 2
-    assert capfd.readouterr().err.splitlines()[-1].startswith("error: me/adapter: no valid token; log in")
-    monkeypatch.setenv("HF_TOKEN", WRITER)
-    flamingo_ft_runs("push", "runs/mine", f"me/{job.recipe}")
-    flamingo_ft_runs("push", "merged", f"me/{job.recipe}-merged")
-    check_card(hub.files(f"me/{job.recipe}")["README.md"].decode(), job)
+    push_both(job, hub, monkeypatch, capfd)
 
     coco = Path("train2017").resolve()
     new_machine(monkeypatch, tmp_path / "another")
     Path("train2017").symlink_to(coco)
-    assert answer(f"me/{job.recipe}", job, capfd) == answers["runs/mine"]
-    assert answer_in_python(f"me/{job.recipe}", job).strip() == answers["runs/mine"].strip()
+    adapter, merged = f"me/{job.recipe}", f"me/{job.recipe}-merged"
+    assert answer(adapter, job, capfd) == answers["runs/mine"]
+    assert answer_in_python(adapter, job).strip() == answers["runs/mine"].strip()
     hub.requests.clear()
-    assert answer(f"me/{job.recipe}-merged", job, capfd) == answers["merged"]
-    assert answer_in_python(f"me/{job.recipe}-merged", job).strip() == answers["merged"].strip()
-    assert downloaded_weights(hub) == {f"me/{job.recipe}-merged/model.safetensors"}
+    assert answer(merged, job, capfd) == answers["merged"]
+    assert answer_in_python(merged, job).strip() == answers["merged"].strip()
+    assert downloaded_weights(hub) == {f"{merged}/model.safetensors"}
+
+
+def train_with_a_disconnect(job: Job, hub: Hub, monkeypatch, capfd, new_caches: Path) -> None:
+    """Train a step, with a download that breaks off and is continued; then another one, with empty caches."""
+    hub.fail("GET /.*/checkpoint.pt", half_way=True)
+    flamingo_ft_runs("train", job.recipe, *job.data, *SHORT, "train.max_steps=1")
+    assert downloaded_weights(hub) == job.weights
+    assert "No files matched" not in capfd.readouterr().err
+    hub.requests.clear()
+    empty_caches(monkeypatch, new_caches)
+    flamingo_ft_runs("train", job.recipe, *job.data, *SHORT, "train.max_steps=2", "--resume")
+    assert downloaded_weights(hub) == job.weights
+    assert "resuming from runs/mine/checkpoints/step-1" in capfd.readouterr().err
+    assert json.loads(Path("runs/mine/metrics.json").read_text())["train"]["steps"] == 2
+
+
+def push_both(job: Job, hub: Hub, monkeypatch, capfd) -> None:
+    """Try to push without a token; then push the adapter and the merged model with one."""
+    assert cli.main(["push", "runs/mine", f"me/{job.recipe}"]) == 2
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: me/{job.recipe}: no valid token; log in with `hf auth login`")
+    monkeypatch.setenv("HF_TOKEN", WRITER)
+    flamingo_ft_runs("push", "runs/mine", f"me/{job.recipe}")
+    flamingo_ft_runs("push", "merged", f"me/{job.recipe}-merged")
+    check_card(hub.files(f"me/{job.recipe}")["README.md"].decode(), job)
 
 
 def check_card(card: str, job: Job) -> None:
@@ -148,7 +162,7 @@ def check_card(card: str, job: Job) -> None:
 
 
 def test_the_bridge_of_a_trained_model_is_the_released_one(hub):
-    """One step at a learning rate of almost zero: new tokens' rows and gates are those of the checkpoint."""
+    """After a step at a learning rate of almost zero, the new tokens' rows are those of the checkpoint."""
     data = [f"data={{train: [{{hub: {VQA_RAD}}}]}}"]
     few = [*SHORT, "train.max_steps=1", "train.learning_rate=1.0e-12", "trainable.dtype=fp32"]
     flamingo_ft_runs("train", PARQUET.recipe, *data, *few)
