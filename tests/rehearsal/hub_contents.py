@@ -2,20 +2,16 @@
 
 File names, formats and the kinds of tensors are those of the real repositories: a single pytorch_model.bin
 with the buffers that earlier versions of transformers saved, three shards in float32 beside code of the
-model's own, a tower in OpenCLIP's two formats, checkpoints with leftover buffers, Parquet with embedded
-images, and LLaVA's lists of conversations without images. Weights are random and images are drawn.
+model's own, a tower in OpenCLIP's two formats, checkpoints with leftover buffers. Weights are random.
 """
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
-from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
@@ -25,14 +21,12 @@ from tests import hub_folders
 from tests.hub_folders import put
 from tests.hub_server import Hub
 
+from .datasets_on_the_hub import LLAVA, VQA_RAD, write_card, write_llava, write_vqa_rad
+
 INCITE, MPT = "togethercomputer/RedPajama-INCITE-Base-3B-v1", "anas-awadalla/mpt-7b"
 CLIP_VIT_L = "timm/vit_large_patch14_clip_224.openai"
 OPEN_FLAMINGO_4B = "openflamingo/OpenFlamingo-4B-vitl-rpj3b"
 OPEN_FLAMINGO_9B = "openflamingo/OpenFlamingo-9B-vitl-mpt7b"
-LLAVA, VQA_RAD = "liuhaotian/LLaVA-Instruct-150K", "flaviagiammarino/vqa-rad"
-
-COLORS = ("red", "green", "blue", "white")
-QUESTION = "what color is the field?"
 SPECIAL = ("<|endoftext|>", "<|padding|>")
 MPT_CODE = (
     "adapt_tokenizer", "attention", "blocks", "configuration_mpt", "flash_attn_triton",
@@ -51,28 +45,8 @@ def fill(hub: Hub, folder: Path) -> None:
     put(hub, MPT, _write_mpt(folder / "mpt"))
     put(hub, OPEN_FLAMINGO_4B, _write_4b(folder / "4b", folder / "incite"))
     put(hub, OPEN_FLAMINGO_9B, _write_checkpoint(folder / "9b", OPEN_FLAMINGO_9B, folder / "mpt"))
-    put(hub, f"datasets/{VQA_RAD}", _write_vqa_rad(folder / "vqa_rad"))
-    put(hub, f"datasets/{LLAVA}", _write_llava(folder / "llava"))
-
-
-def write_coco(folder: Path, count: int = 12) -> Path:
-    """Write the images that LLaVA's rows name, as COCO's train2017 has them."""
-    folder.mkdir(parents=True)
-    for index in range(count):
-        draw(index, (64, 48)).save(folder / coco_name(index))
-    return folder
-
-
-def coco_name(index: int) -> str:
-    return f"{33471 + 7 * index:012}.jpg"
-
-
-def draw(index: int, size: tuple[int, int]) -> Image.Image:
-    """Return a field of a color with a black square whose place depends on the index."""
-    image = Image.new("RGB", size, COLORS[index % len(COLORS)])
-    corner = 3 * index % (size[1] - 8)
-    ImageDraw.Draw(image).rectangle((corner, corner, corner + 8, corner + 8), fill="black")
-    return image
+    put(hub, f"datasets/{VQA_RAD}", write_vqa_rad(folder / "vqa_rad"))
+    put(hub, f"datasets/{LLAVA}", write_llava(folder / "llava"))
 
 
 # --- Backbones
@@ -88,7 +62,7 @@ def _write_tower(folder: Path) -> Path:
     config = {"model_cfg": {**hub_folders.TOWER, "quick_gelu": True}, "preprocess_cfg": statistics}
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2))
     (folder / "config.json").write_text(json.dumps({"architecture": "vit_large_patch14_clip_224"}))
-    _write_card(folder, "apache-2.0")
+    write_card(folder, "apache-2.0")
     return folder
 
 
@@ -103,7 +77,7 @@ def _write_incite(folder: Path) -> Path:
     _write_neox_tokenizer(folder)
     generation = {"_from_model_config": True, "bos_token_id": 0, "eos_token_id": 0}
     _write_json(folder / "generation_config.json", generation | {"transformers_version": "4.28.1"})
-    _write_card(folder, "apache-2.0")
+    write_card(folder, "apache-2.0")
     return folder
 
 
@@ -193,7 +167,7 @@ def _write_checkpoint(folder: Path, name: str, language: Path) -> Path:
     stored = embedding.removeprefix("lang_encoder.")
     tensors[embedding] = _with_known_rows(tensors[embedding], language, stored)
     torch.save(tensors, folder / "checkpoint.pt")
-    _write_card(folder, None)
+    write_card(folder, None)
     return folder
 
 
@@ -211,72 +185,8 @@ def _released(name: str) -> ReleasedModel:
     return model
 
 
-# --- Data
-
-
-def _write_vqa_rad(folder: Path) -> Path:
-    """Questions with embedded images, in one Parquet file for each split."""
-    (folder / "data").mkdir(parents=True)
-    splits = {
-        "train-00000-of-00001-eb8844602202be60": range(12),
-        "test-00000-of-00001-e5bc3d208bb4deeb": range(12, 16),
-    }
-    for file, indices in splits.items():
-        rows = [_question(index) for index in indices]
-        features = datasets.Features(
-            image=datasets.Image(), question=datasets.Value("string"), answer=datasets.Value("string")
-        )
-        table = datasets.Dataset.from_list(rows, features=features)
-        table.to_parquet(str(folder / "data" / f"{file}.parquet"))
-    _write_card(folder, "cc0-1.0")
-    return folder
-
-
-def _question(index: int) -> dict[str, Any]:
-    content = io.BytesIO()
-    draw(index, (48, 48)).save(content, "JPEG")
-    image = {"bytes": content.getvalue(), "path": None}
-    return {"image": image, "question": QUESTION, "answer": COLORS[index % len(COLORS)]}
-
-
-def _write_llava(folder: Path) -> Path:
-    """Lists of conversations that name COCO's images; the largest also has rows of text and other folders."""
-    folder.mkdir(parents=True)
-    rows = [_conversation(index) for index in range(12)]
-    for file in ("complex_reasoning_77k", "conversation_58k", "detail_23k"):
-        (folder / f"{file}.json").write_text(json.dumps(rows[:3]))
-    (folder / "llava_instruct_150k.json").write_text(json.dumps(rows))
-    (folder / "llava_instruct_80k.json").write_text(json.dumps(rows[:8]))
-    text = [{"from": "human", "value": "Say yes."}, {"from": "gpt", "value": "yes"}]
-    mixture = [
-        *({**row, "image": f"coco/train2017/{row['image']}"} for row in rows),
-        {"id": "wgByO4Y_0", "model": "", "conversations": text},
-    ]
-    (folder / "llava_v1_5_mix665k.json").write_text(json.dumps(mixture))
-    _write_card(folder, "cc-by-4.0")
-    return folder
-
-
-def _conversation(index: int) -> dict[str, Any]:
-    color = COLORS[index % len(COLORS)]
-    image_first = index % 2 == 0  # both orders occur
-    question = "What is the color of the field?"
-    first = f"<image>\n{question}" if image_first else f"{question}\n<image>"
-    turns = [first, color, "Is there a square?", "yes"]
-    speakers = ("human", "gpt") * 2
-    conversation = [{"from": who, "value": text} for who, text in zip(speakers, turns, strict=True)]
-    name = coco_name(index)
-    return {"id": name.removesuffix(".jpg"), "image": name, "conversations": conversation}
-
-
 # --- Small files
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(dict(sorted(value.items())), indent=2) + "\n")
-
-
-def _write_card(folder: Path, license: str | None) -> None:
-    stated = f"license: {license}\n" if license else ""
-    (folder / "README.md").write_text(f"---\nlanguage: en\n{stated}---\n# {folder.name}\n")
-    (folder / ".gitattributes").write_text("*.bin filter=lfs diff=lfs merge=lfs -text\n")

@@ -17,9 +17,10 @@ import flamingo_ft
 from flamingo_ft import cli
 from tests.hub_server import WRITER, Hub
 
-from . import hub_contents
+from . import datasets_on_the_hub
 from .conftest import empty_caches, new_machine
-from .hub_contents import INCITE, LLAVA, MPT, OPEN_FLAMINGO_4B, OPEN_FLAMINGO_9B, VQA_RAD
+from .datasets_on_the_hub import LLAVA, VQA_RAD
+from .hub_contents import CLIP_VIT_L, INCITE, MPT, OPEN_FLAMINGO_4B, OPEN_FLAMINGO_9B
 
 pytestmark = pytest.mark.slow
 
@@ -41,11 +42,11 @@ class Job:
     weights: set[str]
 
 
-TOWER = f"{hub_contents.CLIP_VIT_L}/open_clip_model.safetensors"
+TOWER = f"{CLIP_VIT_L}/open_clip_model.safetensors"
 PARQUET = Job(
     "open_flamingo_4b",
     [f"data.train=[{{hub: {VQA_RAD}}}]", f"data.eval=[{{hub: {VQA_RAD}, split: test}}]"],
-    hub_contents.QUESTION,
+    datasets_on_the_hub.QUESTION,
     {TOWER, f"{INCITE}/pytorch_model.bin", f"{OPEN_FLAMINGO_4B}/checkpoint.pt"},
 )
 CONVERSATIONS = Job(
@@ -69,7 +70,7 @@ def fetch_data(job: Job) -> None:
     """Do what the user does before the first command: LLaVA's list and COCO's images are on this machine."""
     if job is CONVERSATIONS:
         hf_hub_download(LLAVA, "llava_instruct_150k.json", repo_type="dataset", local_dir=".")
-    hub_contents.write_coco(Path("train2017"))
+    datasets_on_the_hub.write_coco(Path("train2017"))
 
 
 def downloaded_weights(hub: Hub) -> set[str]:
@@ -82,7 +83,7 @@ def downloaded_weights(hub: Hub) -> set[str]:
 def answer(model: str, job: Job, capfd) -> str:
     """Return what `flamingo-ft generate` prints about an image."""
     capfd.readouterr()
-    image = Path("train2017", hub_contents.coco_name(0))
+    image = Path("train2017", datasets_on_the_hub.coco_name(0))
     flamingo_ft_runs("generate", model, "--image", str(image), "--prompt", job.prompt, *ANSWER)
     printed = capfd.readouterr().out
     assert printed.strip(), "no answer was printed"
@@ -92,7 +93,7 @@ def answer(model: str, job: Job, capfd) -> str:
 def answer_in_python(model: str, job: Job) -> str:
     predictor = flamingo_ft.load(model)
     options = {"max_new_tokens": 8, "min_new_tokens": 8}
-    return predictor(Path("train2017", hub_contents.coco_name(0)), job.prompt, **options)
+    return predictor(Path("train2017", datasets_on_the_hub.coco_name(0)), job.prompt, **options)
 
 
 @pytest.mark.parametrize("job", JOBS)
@@ -157,7 +158,7 @@ def push_both(job: Job, hub: Hub, monkeypatch, capfd) -> None:
 def check_card(card: str, job: Job) -> None:
     """Check that a pushed adapter's card names what it was trained from, and no folder of this machine."""
     names = (INCITE, OPEN_FLAMINGO_4B, VQA_RAD) if job is PARQUET else (MPT, OPEN_FLAMINGO_9B)
-    assert all(name in card for name in (*names, hub_contents.CLIP_VIT_L))
+    assert all(name in card for name in (*names, CLIP_VIT_L))
     assert f'"me/{job.recipe}"' in card and str(Path.cwd()) not in card
 
 
