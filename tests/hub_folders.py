@@ -82,29 +82,46 @@ LLAMA = {
 
 
 def put(hub: Hub, name: str, folder: Path) -> None:
-    """Commit the files of a folder to a repository."""
+    """Commit the files of a folder, and of folders in it, to a repository."""
     repository = hub.repositories.setdefault(name, Repository(private=False))
-    files = {path.name: hub.store(path.read_bytes()) for path in folder.iterdir()}
+    files = {
+        path.relative_to(folder).as_posix(): hub.store(path.read_bytes())
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
     lines = [{"key": "lfsFile", "value": {"path": path, "oid": digest}} for path, digest in files.items()]
     hub.commit(repository, "main", [{"key": "header", "value": {"summary": "put"}}, *lines])
 
 
-def write_language_model(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
-    """Write the configuration, the weights in two shards (a tied head is left out) and a tokenizer."""
+def write_language_model(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], shards: int = 2
+) -> Path:
+    """Write the configuration, the weights in shards (a tied head is left out) and a tokenizer."""
     folder.mkdir(parents=True)
     tied = config.get("tie_word_embeddings", True)
-    kept = {name: tensor for name, tensor in tensors.items() if not (tied and name == "lm_head.weight")}
-    names = list(kept)
-    halves = names[: len(names) // 2], names[len(names) // 2 :]
-    files = {f"pytorch_model-0000{index}-of-00002.bin": half for index, half in enumerate(halves, 1)}
-    for file, half in files.items():
-        torch.save({name: kept[name].clone() for name in half}, folder / file)
-    places = {name: file for file, half in files.items() for name in half}
-    index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in kept.values())}, "weight_map": places}
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    kept = {
+        name: tensor.clone() for name, tensor in tensors.items() if not (tied and name == "lm_head.weight")
+    }
+    if shards == 1:
+        torch.save(kept, folder / "pytorch_model.bin")
+    else:
+        _write_shards(folder, kept, shards)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     bytes_tokenizer().save_pretrained(folder)
     return folder
+
+
+def _write_shards(folder: Path, tensors: Mapping[str, Tensor], shards: int) -> None:
+    names = list(tensors)
+    places = {}
+    for shard in range(shards):
+        file = f"pytorch_model-{shard + 1:05}-of-{shards:05}.bin"
+        part = names[shard * len(names) // shards : (shard + 1) * len(names) // shards]
+        torch.save({name: tensors[name] for name in part}, folder / file)
+        places |= dict.fromkeys(part, file)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
 
 
 def bytes_tokenizer() -> PreTrainedTokenizerFast:
@@ -140,12 +157,16 @@ SMALL = {
 
 def write_stand_in(folder: Path, model_type: str, layers: int = 4) -> Path:
     """A small language model with random weights in the form of a released one."""
+    return write_language_model(folder, *small_language_model(model_type, layers))
+
+
+def small_language_model(model_type: str, layers: int = 4) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the configuration and the random weights of a small model in the form of a released one."""
     config, sizes, depth = SMALL[model_type]
     small = {**config, **sizes, depth: layers}
     torch.manual_seed(0)
     known = {key: value for key, value in small.items() if key not in ("auto_map", "torch_dtype")}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**known))
-    return write_language_model(folder, small, model.state_dict())
+    return small, AutoModelForCausalLM.from_config(AutoConfig.for_model(**known)).state_dict()
 
 
 TOWER = {

@@ -1,8 +1,9 @@
 """A local Hub server: enough of the HTTP API for the real `huggingface_hub` client, over plain LFS.
 
-It stores model repositories with branches of commits. Small files are part of a commit; large files are
-uploaded first and referenced by SHA-256. `fail` makes requests fail with a status or a dropped connection,
-either at once or halfway through the response; `hold` blocks them.
+It stores repositories with branches of commits: models under their names; datasets, which are only read,
+under "datasets/org/name". Small files are part of a commit; large files are uploaded first and referenced by
+SHA-256. `fail` makes requests fail with a status or a dropped connection, either at once or halfway through
+the response; `hold` blocks them.
 """
 
 from __future__ import annotations
@@ -13,17 +14,23 @@ import json
 import re
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import huggingface_hub
 import pytest
 import transformers.utils.hub
+from huggingface_hub import file_download
+from huggingface_hub.utils import _http
+
+from flamingo_ft.hub import errors
 
 WRITER, READER = "hf_thewritingtoken", "hf_thereadingtoken"
 LARGE = 1000  # bytes from which a file is uploaded through LFS
@@ -267,7 +274,13 @@ class Handler(BaseHTTPRequestHandler):
             return self._error(404, "Invalid rev id", "RevisionNotFound")
         siblings = [{"rfilename": path} for path in sorted(commit.files)]
         self._json(
-            {"id": name, "sha": commit.oid, "private": repository.private, "tags": [], "siblings": siblings}
+            {
+                "id": name.removeprefix("datasets/"),
+                "sha": commit.oid,
+                "private": repository.private,
+                "tags": [],
+                "siblings": siblings,
+            }
         )
 
     def create_branch(self, name: str, branch: str) -> None:
@@ -337,13 +350,32 @@ class Handler(BaseHTTPRequestHandler):
         paths = [path for path in sorted(commit.files) if path.startswith(folder)]
         if folder and not paths:
             return self._error(404, f"{folder} does not exist", "EntryNotFound")
+        is_recursive = self.query.get("recursive", ["false"])[0].lower() == "true"
+        if not is_recursive:
+            paths = [*dict.fromkeys(folder + path.removeprefix(folder).partition("/")[0] for path in paths)]
         begin = int(self.query.get("cursor", ["0"])[0])
-        page = [self._entry(path, commit.files[path]) for path in paths[begin : begin + PAGE]]
+        page = [self._entry(path, commit.files.get(path)) for path in paths[begin : begin + PAGE]]
         path = urlsplit(self.path).path
-        more = {"Link": f'<{self.hub.url}{path}?recursive=true&cursor={begin + PAGE}>; rel="next"'}
+        query = f"recursive={is_recursive}&cursor={begin + PAGE}"
+        more = {"Link": f'<{self.hub.url}{path}?{query}>; rel="next"'}
         self._json(page, **(more if begin + PAGE < len(paths) else {}))
 
-    def _entry(self, path: str, digest: str) -> dict[str, Any]:
+    def paths_info(self, name: str, revision: str) -> None:
+        repository = self._repository(name)
+        if repository is None:
+            return
+        commit = repository.at(revision)
+        if commit is None:
+            return self._error(404, "Invalid rev id", "RevisionNotFound")
+        paths = parse_qs(self.body.decode()).get("paths", [])
+        folders = {path for path in paths if any(file.startswith(f"{path}/") for file in commit.files)}
+        known = [path for path in paths if path in folders or path in commit.files]
+        self._json([self._entry(path, commit.files.get(path)) for path in known])
+
+    def _entry(self, path: str, digest: str | None) -> dict[str, Any]:
+        """Describe a file, or a folder, which has no digest."""
+        if digest is None:
+            return {"type": "directory", "path": path, "oid": hashlib.sha1(path.encode()).hexdigest()}
         size = len(self.hub.contents[digest])
         lfs = {"lfs": {"oid": digest, "size": size, "pointerSize": 134}} if size >= LARGE else {}
         return {"type": "file", "path": path, "oid": digest[:40], "size": size, **lfs}
@@ -376,6 +408,7 @@ class Server(ThreadingHTTPServer):
 
 
 NAME, REVISION = r"(?P<name>[^/]+/[^/]+)", r"(?P<revision>[^/]+)"
+DATASET = r"(?P<name>datasets/[^/]+/[^/]+)"
 ROUTES: list[tuple[tuple[str, ...], str, Callable[..., None]]] = [
     (("GET",), "/api/whoami-v2", Handler.whoami),
     (("POST",), "/api/repos/create", Handler.create),
@@ -390,6 +423,11 @@ ROUTES: list[tuple[tuple[str, ...], str, Callable[..., None]]] = [
     (("POST",), f"/{NAME}.git/info/lfs/objects/batch", Handler.lfs_batch),
     (("PUT",), r"/lfs/(?P<digest>[0-9a-f]{64})", Handler.lfs_upload),
     (("GET", "HEAD"), f"/{NAME}/resolve/{REVISION}/(?P<path>.+)", Handler.resolve),
+    (("GET",), f"/api/{DATASET}", Handler.info),
+    (("GET",), f"/api/{DATASET}/revision/{REVISION}", Handler.info),
+    (("GET",), f"/api/{DATASET}/tree/{REVISION}(/(?P<folder>.+))?", Handler.tree),
+    (("POST",), f"/api/{DATASET}/paths-info/{REVISION}", Handler.paths_info),
+    (("GET", "HEAD"), f"/{DATASET}/resolve/{REVISION}/(?P<path>.+)", Handler.resolve),
 ]
 
 
@@ -407,6 +445,13 @@ def serving() -> Iterator[Hub]:
             held.released.set()
         server.shutdown()
         server.server_close()
+
+
+def shorten_waits(patch: pytest.MonkeyPatch) -> None:
+    """Shorten the waits between attempts, of this package and of the client."""
+    patch.setattr(errors, "FIRST_WAIT", 0.01)
+    for module in (_http, file_download):
+        patch.setattr(module, "time", SimpleNamespace(**vars(time) | {"sleep": lambda seconds: None}))
 
 
 @contextmanager

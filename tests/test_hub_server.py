@@ -15,7 +15,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from .hub_server import LARGE, READER, WRITER
+from .hub_server import LARGE, READER, WRITER, Commit, Repository
 
 REPO = "somebody/things"
 
@@ -94,3 +94,21 @@ def test_a_commit_adds_and_removes_at_once(hub, api):
     commit = api.create_commit(REPO, operations, commit_message="one more")
     assert hub.files(REPO, commit.oid) == {"b/x": b"x", "c/x": b"c"}
     assert set(hub.files(REPO, hub.repositories[REPO].history[-2].oid)) == {"a/x", "b/x"}
+
+
+def test_a_dataset_is_listed_by_folder_and_downloaded(hub, api, tmp_path):
+    files = {"README.md": b"# Things", "data/train.parquet": b"PAR1", "data/more/test.parquet": b"PAR2"}
+    commit = Commit("1" * 40, "put", {path: hub.store(content) for path, content in files.items()})
+    hub.repositories[f"datasets/{REPO}"] = Repository(private=False, branches={"main": [commit]})
+    options = {"repo_type": "dataset"}
+    top = {entry.path for entry in api.list_repo_tree(REPO, **options)}
+    assert top == {"README.md", "data"}
+    inside = {entry.path for entry in api.list_repo_tree(REPO, "data", recursive=True, **options)}
+    assert inside == set(files) - {"README.md"}
+    kinds = {
+        entry.path: type(entry).__name__ for entry in api.get_paths_info(REPO, ["data", "gone"], **options)
+    }
+    assert kinds == {"data": "RepoFolder"}
+    path = hf_hub_download(REPO, "data/train.parquet", endpoint=hub.url, local_dir=tmp_path, **options)
+    with open(path, "rb") as file:
+        assert file.read() == b"PAR1"

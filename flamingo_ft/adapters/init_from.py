@@ -6,7 +6,7 @@ adapter records with a content hash and finds again when it is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +49,9 @@ def init_bridge(model: FlamingoForConditionalGeneration, start: str | Path) -> N
         _check_visibility(model.config, path)
     else:
         _check_compatible(model.config, _read_any_config(path), path)
-    _load_bridge(model, path)
-    model.config.bridge_init = {
-        "path": pinned_name(start, path),
-        "sha256": tensors_sha256(bridge_tensors(model)),
-    }
+    copied_rows = _load_bridge(model, path)
+    record = {"path": pinned_name(start, path), "sha256": _bridge_sha256(model, copied_rows)}
+    model.config.bridge_init = record | ({"unhashed": copied_rows} if copied_rows else {})
 
 
 def load_recorded_bridge(
@@ -70,10 +68,19 @@ def load_recorded_bridge(
     _load_recorded(model, folder, model.config.bridge_init or {}, start)
 
 
-def _load_bridge(model: FlamingoForConditionalGeneration, start: Path) -> None:
+def _bridge_sha256(model: FlamingoForConditionalGeneration, unhashed: Iterable[str]) -> str:
+    """Return the hash of a bridge.
+
+    unhashed: rows of new tokens from the language model, which depend on the dtype that it was loaded in.
+    """
+    return tensors_sha256({name: t for name, t in bridge_tensors(model).items() if name not in unhashed})
+
+
+def _load_bridge(model: FlamingoForConditionalGeneration, start: Path) -> list[str]:
     """Load the bridge at ``start``; for an adapter, on top of the bridge that it builds on.
 
-    A bridge that was trained without tiles reads each tile as it read images.
+    A bridge that was trained without tiles reads each tile as it read images. Return the names of the rows of
+    new tokens that a checkpoint lacks, which are the language model's.
     """
     tile_embs = model.perceiver.tile_embs
     if tile_embs is not None:
@@ -84,19 +91,21 @@ def _load_bridge(model: FlamingoForConditionalGeneration, start: Path) -> None:
             raise UserError(
                 f"model.init_from: {start} holds {first_few(lost)}, for which the model has no place"
             )
-    elif not (start / ADAPTER_WEIGHTS).is_file():
+        return report.copied_rows
+    if not (start / ADAPTER_WEIGHTS).is_file():
         copy_bridge(model, own_bridge_tensors(start))
     else:
         record = read_config(start).bridge_init
         if record:
             _load_recorded(model, start, record)
         copy_bridge(model, own_bridge_tensors(start))
+    return []
 
 
 def _load_recorded(
     model: FlamingoForConditionalGeneration,
     folder: Path,
-    record: Mapping[str, str],
+    record: Mapping[str, Any],
     start: str | Path | None = None,
 ) -> None:
     """Load the bridge that the adapter in ``folder`` builds on, in the dtype that it was trained with.
@@ -112,16 +121,16 @@ def _load_recorded(
 def load_bridge_as_stored(
     model: FlamingoForConditionalGeneration,
     folder: Path,
-    record: Mapping[str, str],
+    record: Mapping[str, Any],
     start: str | Path | None = None,
 ) -> None:
     """Load the bridge that the adapter in ``folder`` builds on, in its stored dtypes, as it was hashed."""
     path = _locate_bridge(folder, record["path"], start)
     _load_bridge(model, path)
-    tensors = bridge_tensors(model)
+    unhashed = list(record.get("unhashed", ()))
     if _tile_tags(_read_any_config(folder)) != "learned":  # a later run added tiles
-        tensors.pop("perceiver.tile_embs", None)
-    digest = tensors_sha256(tensors)
+        unhashed.append("perceiver.tile_embs")
+    digest = _bridge_sha256(model, unhashed)
     if digest != record["sha256"]:
         raise UserError(
             f"{folder}: base mismatch: the adapter was trained on a bridge with SHA-256 "

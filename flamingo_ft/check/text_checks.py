@@ -149,9 +149,10 @@ class DialogueFormat:
         """The same in words."""
         ends = f"end with {_quoted(self.ends.text)}" if self.ends.text else "have no end"
         follows = f" (then {_quoted(self.follows.text)}, not in the loss)" if self.follows.text else ""
+        begins = _quoted(self.begins.text) if self.begins.text else "the first question"
+        prompt = _quoted(self.prompt.text) if self.prompt.text else "no text"
         return [
-            f"dialogues begin with {_quoted(self.begins.text)}; {_quoted(self.prompt.text)} precedes "
-            f"answers, which {ends}{follows}",
+            f"dialogues begin with {begins}; {prompt} precedes answers, which {ends}{follows}",
             f"generation stops at {' or '.join(self.stops) or 'no token'}",
         ]
 

@@ -219,8 +219,11 @@ def _check_tile_tags(recipe: Recipe) -> Errors:
 
 def _check_source(location: Location, source: DataSource) -> Errors:
     if (source.path is None) == (source.hub is None):
-        got = "neither path nor hub" if source.path is None else "both path and hub"
-        yield location, f"got {got}; set one of them"
+        is_missing = source.path is None
+        got, other = (
+            ("neither path nor hub", "") if is_missing else ("both path and hub", ", the other to null")
+        )
+        yield location, f"got {got}; set one of them{other}"
     for key in ("config", "revision"):
         if source.hub is None and getattr(source, key) is not None:
             yield (*location, key), "only applies to hub, a dataset on the Hugging Face Hub; remove it"

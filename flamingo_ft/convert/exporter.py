@@ -22,7 +22,15 @@ from flamingo_ft.backbones.quantization import quantization_formats
 from flamingo_ft.backbones.visual_tokens import TokenOptions
 from flamingo_ft.errors import UserError
 from flamingo_ft.formats.foreign_checkpoint import BRIDGE_PREFIXES, OPEN_FLAMINGO, OPEN_FLAMINGO_1, OTTER
-from flamingo_ft.formats.key_names import ANSWER_TOKEN, VISION_PREFIX, from_open_clip, to_otter_name
+from flamingo_ft.formats.key_names import (
+    ANSWER_TOKEN,
+    EARLIER_GPT_NEOX_HEAD,
+    GPT_NEOX_HEAD,
+    GPT_NEOX_LAYERS,
+    VISION_PREFIX,
+    from_open_clip,
+    to_otter_name,
+)
 from flamingo_ft.hub import fetch_model
 from flamingo_ft.hub.weight_files import ADAPTER_WEIGHTS, CONFIG_FILE, PYTORCH_FILENAME_PATTERN, PYTORCH_INDEX
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
@@ -74,6 +82,8 @@ def export_open_flamingo(
     tensors = _bridge_tensors(loaded, with_aliases=is_first_version)
     tensors |= _language_tensors(loaded, len(loaded.processor.tokenizer), whole=loaded.has_own_backbones)
     tensors |= _vision_tensors(loaded)
+    if loaded.model.decoder_layers_attr_name == GPT_NEOX_LAYERS:
+        tensors[EARLIER_GPT_NEOX_HEAD] = tensors[GPT_NEOX_HEAD]  # for open-flamingo on transformers 4
     out.parent.mkdir(parents=True, exist_ok=True)
     with file_in_place(out) as file:
         torch.save(tensors, file)

@@ -102,12 +102,14 @@ class MediaResolver:
         path = self.root / text
         try:
             path = resolve_unicode(path)
-            is_inside = Path(os.path.realpath(path)).is_relative_to(self._real_root)
+            real = Path(os.path.realpath(path))
         except (OSError, ValueError):  # a name that is too long, or has a null byte
             raise _not_found(path, where, noun) from None
-        if not is_inside:
+        if not real.is_relative_to(self._real_root):
             remedy = "set image_root to a folder around all images"
-            raise UserError(f"{where}: outside of {self.root}, got {shorten(path)}; {remedy}")
+            is_link = Path(os.path.normpath(path)).is_relative_to(os.path.normpath(self.root))
+            target = f", a link to {shorten(real)}" if is_link else ""
+            raise UserError(f"{where}: outside of {self.root}, got {shorten(path)}{target}; {remedy}")
         if not os.path.isfile(path):
             raise _not_found(path, where, noun)
         return str(path)

@@ -20,6 +20,9 @@ from torch import Tensor
 from flamingo_ft.errors import UserError
 
 from .key_names import (
+    EARLIER_GPT_NEOX_HEAD,
+    GPT_NEOX_HEAD,
+    GPT_NEOX_LAYERS,
     VISION_PREFIX,
     from_otter_name,
     is_lora_name,
@@ -169,13 +172,15 @@ def _add_tensor(checkpoint: ForeignCheckpoint, name: str, original: str, tensor:
 
 
 def _unwrapped_name(checkpoint: ForeignCheckpoint, name: str) -> str:
-    """Return the name used here for a key of wrapped layers; others stay as they are."""
+    """Return the name used here for a key of wrapped layers or of transformers 4; others stay as they are."""
     if match := _CROSS_ATTENTION_ALIAS.fullmatch(name) or _CROSS_ATTENTION.fullmatch(name):
         return f"gated_cross_attn_layers.{match['k']}.{match['rest']}"
     if match := _DECODER_LAYER.fullmatch(name):
         return f"lang_encoder.{match['layers']}.{match['k']}.{match['rest']}"
     if (match := _DECODER_LAYER_ALIAS.fullmatch(name)) and checkpoint.decoder_layers:
         return f"lang_encoder.{checkpoint.decoder_layers}.{match['k']}.{match['rest']}"
+    if name == EARLIER_GPT_NEOX_HEAD and checkpoint.decoder_layers == GPT_NEOX_LAYERS:
+        return GPT_NEOX_HEAD
     return name
 
 

@@ -11,6 +11,12 @@ from torch import Tensor
 
 from flamingo_ft.errors import UserError
 
+# --- transformers
+
+# GPT-NeoX's output head in transformers 4, and so in the released OpenFlamingo-4B.
+GPT_NEOX_LAYERS = "gpt_neox.layers"
+GPT_NEOX_HEAD, EARLIER_GPT_NEOX_HEAD = "lang_encoder.lm_head.weight", "lang_encoder.embed_out.weight"
+
 # --- Otter (arXiv:2305.03726): OpenFlamingo's keys, with names for the entries of its nn.ModuleLists
 
 ANSWER_TOKEN = "<answer>"  # Otter adds it after the two tokens of every Flamingo

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from inspect import getmodule
 from typing import Any
 
+from huggingface_hub import _snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import _http
 
@@ -28,3 +31,22 @@ def client_factory() -> ClientFactory:
 def replace_client_factory(factory: ClientFactory) -> None:
     """Set the factory of later sessions; the client's own setter closes the session of other threads."""
     _http._GLOBAL_CLIENT_FACTORY = factory
+
+
+@contextmanager
+def no_warning_of_unmatched_patterns() -> Generator[None]:
+    """Silence the client's warning that a repository has no file of the requested names.
+
+    The package asks for one format of weights after the other. The client logs it without a category, beside
+    warnings that a user should see, such as those of interrupted downloads.
+    """
+    logger = _snapshot_download.logger
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("No files matched")
+
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.utils import tqdm
 
 from flamingo_ft.errors import UserError
 
+from .compat import no_warning_of_unmatched_patterns
 from .errors import CLIENT_ERRORS, hub_error, is_transient, is_unreachable, with_retries
 from .names import HubName, commit_of, existing_path, hub_name
 from .weight_files import CONFIG_FILE, TORCH_SUFFIXES, WEIGHT_PATTERNS
@@ -18,6 +21,18 @@ from .weight_files import CONFIG_FILE, TORCH_SUFFIXES, WEIGHT_PATTERNS
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.yaml")
 # Folders (checkpoints, figures and logs of a run), and what other trainers leave beside the weights.
 NOT_NEEDED = ("*/*", "training_args.bin", "optimizer.*", "scheduler.*", "rng_state*")
+BAR_DELAY_S = 1.0
+
+
+class LateBar(tqdm):
+    """A progress bar that appears after a second: never for files that are in the cache."""
+
+    def __init__(self, *args: Any, **options: Any):
+        self.shown_from = time.time() + BAR_DELAY_S
+        super().__init__(*args, **{"delay": BAR_DELAY_S, **options})
+
+    def refresh(self, *args: Any, **options: Any) -> Any:
+        return super().refresh(*args, **options) if time.time() >= self.shown_from else None
 
 
 def fetch_model(place: str | Path, **options: Any) -> Path:
@@ -96,9 +111,11 @@ def download(
         revision=revision,
         allow_patterns=[*patterns],
         ignore_patterns=[*ignored],
+        tqdm_class=LateBar,
         **options,
     )
     try:
-        return Path(with_retries(fetch, lambda error: is_transient(error) and not is_unreachable(error)))
+        with no_warning_of_unmatched_patterns():
+            return Path(with_retries(fetch, lambda error: is_transient(error) and not is_unreachable(error)))
     except CLIENT_ERRORS as error:
         raise hub_error(name, error) from None

@@ -12,7 +12,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, close_session, get_session
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    close_session,
+    get_session,
+    get_token,
+)
+from huggingface_hub.errors import LocalTokenNotFoundError
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from .compat import client_factory, replace_client_factory
@@ -21,6 +29,12 @@ from .errors import CLIENT_ERRORS, error_reason, hub_error, with_retries
 TIMEOUT_S = 120.0  # seconds without a byte after which a connection counts as lost
 
 Files = Mapping[str, "bytes | Path"]  # path in the repository -> content, or the local file
+
+
+def require_token(repository: str) -> None:
+    """Raise UserError if there is no token on this machine: nobody may write to a repository without one."""
+    if get_token() is None:
+        raise hub_error(repository, LocalTokenNotFoundError(), writes=True)
 
 
 def create_repository(repository: str, private: bool = False, branch: str | None = None) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flamingo_ft.backbones.quantization import quantization_formats
 from flamingo_ft.config.tables import CROSS_ATTENTION, NEW_TOKENS
@@ -19,7 +19,7 @@ from flamingo_ft.formats.stored_files import first_few, unwrap_state_dict
 
 from .core import FlamingoCore
 from .parts import part_of
-from .token_rows import input_embedding
+from .token_rows import input_embedding, output_head
 
 
 @dataclass
@@ -27,12 +27,14 @@ class LoadReport:
     """The keys that a checkpoint and a model share and do not share, under the model's names.
 
     missing: of the backbones; a missing or mismatched weight of the bridge raises an error instead.
+    copied_rows: rows of new tokens that the checkpoint lacks and that are the language model's, in its dtype.
     """
 
     loaded: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     mismatched: list[str] = field(default_factory=list)
+    copied_rows: list[str] = field(default_factory=list)
 
 
 def is_open_flamingo(state_dict: Mapping[str, Any]) -> bool:
@@ -65,8 +67,7 @@ def load_open_flamingo(model: FlamingoCore, checkpoint: str | Path | Mapping[str
     with torch.no_grad():
         for name in report.loaded:
             targets[name][: len(tensors[name])].copy_(tensors[name])
-    if model.token_rows is not None:
-        model.token_rows.copy_from(model.lang_encoder)
+    report.copied_rows = _load_token_rows(model, tensors)
     return report
 
 
@@ -91,17 +92,50 @@ def check_fits_model(model: FlamingoCore, checkpoint: ForeignCheckpoint) -> None
 
 
 def _check_vocabulary(model: FlamingoCore, tensors: Mapping[str, Tensor]) -> None:
-    """Raise UserError for a checkpoint whose vocabulary lacks tokens whose rows the model copies from it."""
+    """Raise UserError for a checkpoint whose vocabulary lacks tokens whose rows are read from it."""
     if model.token_rows is None:
         return
-    embedding = input_embedding(model.lang_encoder).weight
-    name = next(name for name, parameter in model.named_parameters() if parameter is embedding)
     last = max(model.token_rows.token_ids)
-    if name in tensors and len(tensors[name]) <= last:
-        raise UserError(
-            f"checkpoint has a vocabulary of {len(tensors[name])} tokens, but the model's go up to id "
-            f"{last} of {len(embedding)}; build the model with the tokenizer of the checkpoint"
-        )
+    for name in _vocabulary_matrices(model):
+        if name in tensors and len(tensors[name]) <= last:
+            raise UserError(
+                f"checkpoint has a vocabulary of {len(tensors[name])} tokens, but the model's go up to id "
+                f"{last} of {len(model.get_parameter(name))}; build the model with the tokenizer of the "
+                "checkpoint"
+            )
+
+
+@torch.no_grad()
+def _load_token_rows(model: FlamingoCore, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Load the rows of new tokens from the checkpoint, and those it lacks from the language model.
+
+    The checkpoint's are not read from the language model, where they are rounded to its dtype: the hash of a
+    bridge would depend on how the language model was loaded. Return the names of those that
+    the language model gave.
+    """
+    if model.token_rows is None:
+        return []
+    model.token_rows.copy_from(model.lang_encoder)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    copied = []
+    for name, rows in _vocabulary_matrices(model).items():
+        if name in tensors:
+            rows.weight.copy_(tensors[name][list(model.token_rows.token_ids)])
+        else:
+            copied.append(names[id(rows.weight)])
+    return copied
+
+
+def _vocabulary_matrices(model: FlamingoCore) -> dict[str, nn.Embedding]:
+    """Return the names of the input embedding and, untied, the output head, each with its token rows."""
+    lm, rows = model.lang_encoder, model.token_rows
+    assert rows is not None
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    matrices = {names[id(input_embedding(lm).weight)]: rows.input}
+    head = output_head(lm)
+    if head is not None and rows.output is not None:
+        matrices[names[id(head.weight)]] = rows.output
+    return matrices
 
 
 def _compare(tensors: Mapping[str, Tensor], targets: Mapping[str, Tensor], vocabulary: int) -> LoadReport:

@@ -28,7 +28,7 @@ from flamingo_ft.evaluation.card import scored_card
 from flamingo_ft.evaluation.merging import MERGE_FILE, merge_adapter
 from flamingo_ft.hub import existing_path, fetch_model
 from flamingo_ft.hub.names import NAME, looks_like_path, strip_local_path, strip_local_paths
-from flamingo_ft.hub.upload import create_repository, upload
+from flamingo_ft.hub.upload import create_repository, require_token, upload
 from flamingo_ft.hub.weight_files import (
     ADAPTER_CONFIG,
     ANY_INDEX,
@@ -95,7 +95,9 @@ def push(
     """
     _check_names(repository, base)
     folder = existing_path(folder)
-    if not _check_folder(folder, merged, base):
+    is_an_adapter = _check_folder(folder, merged, base)
+    require_token(repository)  # before backbones are loaded and models merged, which takes minutes
+    if not is_an_adapter:
         create_repository(repository, private, revision)
         return _push_model(folder, repository, revision, license, log)
     if merged:

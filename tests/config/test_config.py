@@ -491,7 +491,7 @@ INCOMPATIBLE = {
         "data.eval_fraction: a fraction of a streamed source cannot be held out; "
         "use data.eval, or set streaming to false"
     ),
-    ("data.train.0.hub=org/name",): "data.train.0: got both path and hub; set one of them",
+    ("data.train.0.hub=org/name",): "data.train.0: got both path and hub; set one of them, the other to null",
     ("data.train.0.config=small",): (
         "data.train.0.config: only applies to hub, a dataset on the Hugging Face Hub; remove it"
     ),

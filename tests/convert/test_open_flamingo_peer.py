@@ -68,7 +68,8 @@ def test_it_loads_an_adapter_written_for_it(family, lora, backbones, tmp_path):
     export_open_flamingo(tmp_path / "adapter", tmp_path / "checkpoint.pt")
     other = peer(family)
     keys = other.load_state_dict(torch.load(tmp_path / "checkpoint.pt", weights_only=True), strict=False)
-    assert not keys.unexpected_keys
+    earlier_head = ["lang_encoder.embed_out.weight"] if family == "gpt_neox" else []  # for transformers 4
+    assert keys.unexpected_keys == earlier_head
     assert not [key for key in keys.missing_keys if key.startswith("perceiver.") or "layers.gated" in key]
     assert distance(peer_logits(other, family), our_logits(tmp_path / "adapter", family)) < TOLERANCE
 

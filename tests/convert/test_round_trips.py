@@ -269,3 +269,54 @@ def test_otters_own_token_is_left_out_if_the_vocabulary_has_no_row_for_it(backbo
     )
     assert any("<answer> is left out" in line for line in conversion.lines)
     assert "<answer>" not in load_adapter(tmp_path / "adapter")[1].tokenizer.get_vocab()
+
+
+def gpt_neox_with_a_head(language: str) -> dict[str, Tensor]:
+    """Return a checkpoint with an output head as transformers 4 and the released OpenFlamingo-4B name it.
+
+    Only its rows of the new tokens, the last two, are not the language model's.
+    """
+    tensors = foreign.open_flamingo("gpt_neox")
+    rows = tensors["lang_encoder.gpt_neox.embed_in.weight"]
+    known = load_language(language).model.get_output_embeddings().weight[: len(rows) - 2]
+    return tensors | {"lang_encoder.embed_out.weight": torch.cat([known, torch.randn(2, rows.shape[1])])}
+
+
+def test_the_head_of_gpt_neox_is_read_and_written_under_its_earlier_name(backbones, tmp_path):
+    known, head = backbones["gpt_neox"], "lang_encoder.embed_out.weight"
+    tensors = gpt_neox_with_a_head(known.language)
+    torch.save(tensors, tmp_path / "checkpoint.pt")
+    import_checkpoint(tmp_path / "checkpoint.pt", tmp_path / "adapter", known)
+    export_open_flamingo(tmp_path / "adapter", tmp_path / "back.pt")
+    back = torch.load(tmp_path / "back.pt", weights_only=True)
+    assert back[head].equal(tensors[head]) and back["lang_encoder.lm_head.weight"].equal(tensors[head])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_new_tokens_do_not_depend_on_the_language_models_dtype(dtype, backbones, tmp_path):
+    """Their hash identifies the bridge wherever it is loaded: in training, and later to merge or push it."""
+    known = backbones["gpt_neox"]
+    tensors = gpt_neox_with_a_head(known.language)
+    vision, language = load_vision(known.vision), load_language(known.language, dtype=dtype)
+    model, _ = build_flamingo(vision, language, cross_attn_every_n_layers=EVERY)
+    load_open_flamingo(model, tensors)
+    rows, ids = model.token_rows, list(model.token_rows.token_ids)
+    assert rows.input.weight.equal(tensors["lang_encoder.gpt_neox.embed_in.weight"][ids])
+    assert rows.output.weight.equal(tensors["lang_encoder.embed_out.weight"][ids])
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "llama"])
+def test_an_adapter_from_a_checkpoint_loads_onto_its_base_in_another_dtype(family, backbones, tmp_path):
+    """A run on a GPU is in bfloat16, a merge in the stored dtype. These checkpoints lack the output head."""
+    known = backbones[family]
+    start = foreign.save(tmp_path / "checkpoint.pt", foreign.open_flamingo(family))
+    vision = load_vision(known.vision)
+    language = load_language(known.language, dtype=torch.bfloat16)
+    model, processor = build_flamingo(vision, language, cross_attn_every_n_layers=EVERY)
+    init_bridge(model, start)
+    set_trainable(model, TrainableSection(new_tokens=False))
+    save_adapter(model, processor, tmp_path / "trained")
+    write_composition(tmp_path / "trained", tmp_path / "base")
+    for place in (start, tmp_path / "base" / "bridge.safetensors"):
+        loaded, _ = load_adapter(tmp_path / "trained", start=place)
+        assert loaded.lang_encoder.dtype == torch.float32

@@ -156,7 +156,8 @@ BAD_ROWS = {
     "link outside": (
         "messages",
         {"messages": ASK, "images": ["link.png"]},
-        "images[0]: outside of FOLDER, got FOLDER/link.png; set image_root to a folder around all images",
+        "images[0]: outside of FOLDER, got FOLDER/link.png, a link to PARENT/b.png; set image_root to a "
+        "folder around all images",
     ),
     "URL": (
         "messages",
@@ -393,7 +394,7 @@ def error_of(entry: dict, folder) -> str:
             [open_medium(medium, sample.where) for medium in sample.images]
     message = str(caught.value)
     assert "\n" not in message and len(message) < 1200
-    return message.replace(str(folder), "FOLDER")
+    return message.replace(str(folder), "FOLDER").replace(str(folder.parent), "PARENT")
 
 
 def write(folder, name: str, content: str | bytes) -> dict:

@@ -247,3 +247,17 @@ def test_a_deleted_cache_is_filled_again(hub, tmp_path):
     fetch_model(REPO)
     shutil.rmtree(tmp_path / "hub_cache")
     assert files_in(fetch_model(REPO)) == {"config.json", "model.safetensors"}
+
+
+def test_a_format_that_a_repository_lacks_and_files_in_the_cache_print_nothing(hub, caplog, capfd):
+    put(hub, {"checkpoint.pt": b"w" * 2000})
+    for _ in range(2):
+        assert fetch_model(REPO).name == "checkpoint.pt"
+    assert caplog.text == "" and capfd.readouterr() == ("", "")
+
+
+def test_a_download_that_takes_a_while_has_a_progress_bar(hub, capfd, monkeypatch):
+    monkeypatch.setattr("flamingo_ft.hub.fetch.BAR_DELAY_S", 0.0)
+    put(hub, {"checkpoint.pt": b"w" * 2000})
+    fetch_model(REPO)
+    assert "Fetching 1 files: 100%" in capfd.readouterr().err

@@ -1,13 +1,8 @@
-import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from huggingface_hub import file_download
-from huggingface_hub.utils import _http
 
-from flamingo_ft.hub import errors
-from tests.hub_server import READER, WRITER
+from tests.hub_server import READER, WRITER, shorten_waits
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +18,4 @@ def no_token_leaks(tmp_path, caplog):
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
     """Shorten the waits between retries, of this package and of the client."""
-    monkeypatch.setattr(errors, "FIRST_WAIT", 0.01)
-    for module in (_http, file_download):
-        monkeypatch.setattr(module, "time", SimpleNamespace(**vars(time) | {"sleep": lambda seconds: None}))
+    shorten_waits(monkeypatch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -251,7 +252,14 @@ def test_a_missing_write_permission_is_reported(adapter, hub, monkeypatch, capfd
     monkeypatch.delenv("HF_TOKEN") if token is None else monkeypatch.setenv("HF_TOKEN", token)
     assert main(["push", "run", REPO]) == 2
     output = output_of(capfd)
-    assert f"error: {BASE}: {reason}" in output and "hf_wrong" not in output
+    assert f"error: {REPO if token is None else BASE}: {reason}" in output and "hf_wrong" not in output
+
+
+def test_a_missing_token_is_reported_before_backbones_are_loaded(adapter, hub, monkeypatch, capfd):
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(sys.modules[push.__module__], "write_composition", None)
+    assert main(["push", "run", REPO]) == 2
+    assert f"{REPO}: no valid token; log in with `hf auth login`" in output_of(capfd) and hub.requests == []
 
 
 def test_pushing_offline_is_refused(adapter, hub, monkeypatch, capfd):

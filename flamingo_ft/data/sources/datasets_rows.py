@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import datasets
 import pyarrow as pa
-from datasets.exceptions import DatasetsError
+from datasets.exceptions import DatasetGenerationCastError, DatasetsError
 from datasets.utils import logging
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HfHubHTTPError
@@ -116,6 +116,11 @@ def dataset_errors(where: str) -> Generator[None]:
         yield
     except UserError:
         raise
+    except DatasetGenerationCastError:  # LLaVA-Instruct-150K is one: several lists of conversations
+        remedy = "download the file that you need, and set path to it"
+        raise UserError(
+            f"{where}: cannot be read as one, its files have different columns; {remedy}"
+        ) from None
     except FAILURES as error:
         reraise_machine_error(error)
         remedy = "check the name, config and split, the files, and the network (or HF_HUB_OFFLINE)"
