@@ -287,9 +287,9 @@ class FlamingoKtoTrainer(WithReference, KTOTrainer):
 
 @contextmanager
 def checkpointing_name_warning_ignored() -> Generator[None]:
-    """Ignore the warning that TRL 1.16 reads transformers' old name for activation checkpointing."""
+    """Ignore the warnings that TRL 1.16 uses transformers' old names for activation checkpointing."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing", FutureWarning)
         yield
 
 
