@@ -1,4 +1,4 @@
-"""What the notebooks share: where their runs are kept, their recipe files, and a small data set to begin with.
+"""What the notebooks share: where their runs are kept, their recipe files, and a small example data set.
 
 With SMOKE=1 in the environment, a notebook runs offline on a CPU in a minute: its recipes are replaced by
 their trials, with small stand-ins for what they would fetch (`flamingo_ft.training.trial`).
@@ -12,9 +12,10 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from flamingo_ft import atomic
 from flamingo_ft.config import Recipe, dump_recipe, load_recipe
@@ -49,14 +50,18 @@ def runs_folder(notebook: str) -> Path:
     return folder
 
 
-def write_recipe(file: Path, recipe: str | Path, overrides: Sequence[str] = ()) -> Path:
+def write_recipe(file: Path, recipe: str | Path, changes: Mapping[str, Any] | None = None) -> Path:
     """Write a recipe with values of your own to ``file``, whose run is kept beside it, and return ``file``.
 
-    recipe: the name of a packaged recipe, or a file. overrides: ``key=value``, as on the command line. In a
-    test the file holds the recipe's trial. Raises UserError as `load_recipe` does.
+    recipe: the name of a packaged recipe, or a file. changes: key -> value, such as ``{"train.max_steps":
+    100}``; paths are relative to the current directory. In a test the file holds the recipe's trial. Raises
+    UserError as `load_recipe` does.
     """
     folder = file.with_suffix("")
-    settings = load_recipe(recipe, [f"train.output_dir={json.dumps(str(folder))}", *overrides])
+    values = {"train.output_dir": folder, **(changes or {})}
+    settings = load_recipe(
+        recipe, [f"{key}={json.dumps(value, default=str)}" for key, value in values.items()]
+    )
     if is_smoke():
         settings = _trial(settings, folder)
     atomic.write_text(file, dump_recipe(settings))

@@ -2,8 +2,8 @@
 
 A source is Python in percent format: a line ``# %%`` begins a code cell, ``# %% [markdown]`` a cell of text
 in comments, and ``# %% tags=["figure"]`` a code cell with a tag. Magics and shell commands are comments that
-begin with ``# %`` or ``# !``, so that a source is valid Python. The first cell is the title and, below it, what
-the notebook needs and whether that was measured; badge and install cell are added here.
+begin with ``# %`` or ``# !``, so that a source is valid Python. The first cell is the title and, below it,
+what the notebook needs and whether that was measured; badge and install cell are added here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ REPOSITORY = "flamingo-ft/flamingo_ft"  # on GitHub; badges and install cells fo
 BRANCH = "main"
 FOLDER = Path(__file__).parent
 SOURCES = FOLDER / "sources"
-ORDER = ("quickstart",)
+ORDER = ("quickstart", "open_flamingo")
 ON_GPU = ("open_flamingo", "new_model")
 HEADER = re.compile(r"# %%( \[markdown\])?(?: tags=(\[.*\]))?")
 MAGIC = re.compile(r"^(\s*)# ([!%])", flags=re.MULTILINE)
@@ -34,8 +34,8 @@ if find_spec("flamingo_ft") is None and os.environ.get("SMOKE") != "1":
 TABLE_HEAD = """\
 # Notebooks
 
-Each is written from `sources/` by `python notebooks/make.py` and runs offline, with small stand-ins, under `SMOKE=1`
-(`pytest -m slow tests/notebooks`).
+`python notebooks/make.py` writes them from `sources/`. With `SMOKE=1` in the environment they run offline on
+a CPU, with small stand-ins for what they would download (`pytest -m slow tests/notebooks`).
 
 | notebook | what it needs | |
 |---|---|---|
@@ -49,7 +49,10 @@ def badge(name: str) -> str:
 
 
 def cells(source: str) -> Iterator[tuple[bool, list[str], str]]:
-    """Yield of each cell whether it is text, its tags, and its content. Raises ValueError for a bad header."""
+    """Yield for each cell whether it is text, its tags, and its content.
+
+    Raises ValueError for a wrong header.
+    """
     _, *parts = re.split(r"^(?=# %%)", source, flags=re.MULTILINE)
     for part in parts:
         first, _, content = part.partition("\n")

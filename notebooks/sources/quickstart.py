@@ -48,10 +48,10 @@ RUNS = runs_folder("quickstart")  # on Colab a folder on your Google Drive, else
 print(recipe_text("quickstart"))
 
 # %% [markdown]
-# Any of its values can be changed, as on the command line: `["train.max_steps=100"]`.
+# Any of its values can be changed, such as `{"train.max_steps": 100}`.
 
 # %%
-recipe = load_recipe(write_recipe(RUNS / "quickstart.yaml", "quickstart", []))
+recipe = load_recipe(write_recipe(RUNS / "quickstart.yaml", "quickstart", {}))
 
 # %% [markdown]
 # ## The data

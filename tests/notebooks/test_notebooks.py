@@ -56,7 +56,11 @@ def outputs(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
 
 
 def test_every_source_is_a_notebook_in_the_table(make):
-    assert {path.stem for path in NOTEBOOKS} == {path.stem for path in make.SOURCES.glob("*.py")} == {*make.ORDER}
+    assert (
+        {path.stem for path in NOTEBOOKS}
+        == {path.stem for path in make.SOURCES.glob("*.py")}
+        == {*make.ORDER}
+    )
 
 
 def test_notebooks_and_their_table_are_what_the_script_writes(make):
@@ -79,7 +83,7 @@ def test_a_notebook_begins_with_title_badge_needs_and_the_install_cell(path, mak
     title, badge, needs = notebook.cells[0].source.split("\n\n")
     assert title.startswith("# ") and badge == make.badge(path.stem)
     assert make.REPOSITORY in badge and badge.endswith(f"/notebooks/{path.name})")
-    assert "Colab: not tried" in needs and "2 CPU cores" in needs
+    assert "Colab: not tried" in needs and "measured" in needs
     install = code_cells(notebook)[0].source
     assert install == notebook.cells[1].source == make.INSTALL
     assert "%pip install" in install and f"github.com/{make.REPOSITORY}@" in install
@@ -118,7 +122,7 @@ def test_magics_and_shell_commands_are_comments_in_a_source(make):
 
 @pytest.fixture
 def kernel(tmp_path, monkeypatch):
-    """A Jupyter home with one kernel: this Python, this package, offline. Returns the list of failed commands."""
+    """A Jupyter home with one kernel: this Python, this package, offline. Returns where failures go."""
     spec = {"argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]}
     folder = tmp_path / "jupyter" / "kernels" / "python3"
     folder.mkdir(parents=True)
