@@ -13,7 +13,6 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,9 @@ def runs_folder(notebook: str) -> Path:
     if is_smoke():
         return Path(tempfile.mkdtemp(prefix=f"{notebook}_"))
     if "google.colab" in sys.modules:
-        import_module("google.colab.drive").mount(str(DRIVE))
+        from google.colab import drive  # pyrefly: ignore[missing-import]
+
+        drive.mount(str(DRIVE))
         folder = DRIVE / "MyDrive" / "flamingo_ft" / notebook
     else:
         folder = Path("runs", notebook)
@@ -81,18 +82,19 @@ def _trial(recipe: Recipe, folder: Path) -> Recipe:
 def write_example_data(folder: Path, rows: int = 200) -> Path:
     """Write a small data set in two common forms, as an example of your own, and return ``folder``.
 
-    ``images`` holds drawings of the packaged emoji data, ``questions.csv`` has the columns image, question
-    and answer, and ``dialogues.json`` has the same rows in LLaVA's form.
+    ``images`` holds drawings of the packaged emoji data. ``questions.csv``, with the columns image, question
+    and answer, and ``dialogues.json``, in LLaVA's form, are about ``rows`` of them each.
     """
-    samples = [sample for sample in read_samples(library_folder() / "emoji" / "train.jsonl")]
-    named = [sample for sample in samples if sample.task == "name"][:rows]
+    samples = read_samples(library_folder() / "emoji" / "train.jsonl")
+    named = [sample for sample in samples if sample.task == "name"][: 2 * rows]
     (folder / IMAGES).mkdir(parents=True, exist_ok=True)
     table = [_example_row(sample, folder / IMAGES) for sample in named]
+    table, dialogues = table[:rows], table[rows:]
     with (folder / TABLE).open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, ["image", "question", "answer"])
         writer.writeheader()
         writer.writerows(table)
-    atomic.write_text(folder / DIALOGUES, json.dumps([_llava_row(row) for row in table], indent=1))
+    atomic.write_text(folder / DIALOGUES, json.dumps([_llava_row(row) for row in dialogues], indent=1))
     return folder
 
 

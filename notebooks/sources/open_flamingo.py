@@ -1,12 +1,13 @@
 # %% [markdown]
 # # OpenFlamingo on your own images
 #
-# One GPU of 16 GB, such as a free T4; planned peak PLANNED GiB, minutes and memory not measured yet. Colab: not tried.
+# One GPU of 16 GB, such as a free T4. Planned peak below 7 GiB; minutes and memory not measured yet. Colab: not tried.
 
 # %% [markdown]
 # OpenFlamingo-4B ([arXiv:2308.01390](https://arxiv.org/abs/2308.01390)) has seen millions of images with their texts. Here
 # it learns to answer questions about *your* images with QLoRA: all of its weights are frozen in 4 bits (nf4), and small
-# LoRA matrices are trained on the language model and on the bridge. The result is an adapter of a few MB.
+# LoRA matrices are trained on the language model and on the bridge. The result is an adapter of
+# 31 million weights, about 120 MB.
 #
 # The recipe, the data and the adapter are on your Google Drive, so that a disconnect costs at most 50 steps: run all
 # cells again, and training resumes.
