@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers.utils.logging import disable_progress_bar
+
 from flamingo_ft import atomic
 from flamingo_ft.config import Recipe, dump_recipe, load_recipe
 from flamingo_ft.config.library import library_folder
@@ -23,6 +25,7 @@ from flamingo_ft.data import Sample, read_samples
 from flamingo_ft.training.trial import Trial
 
 DRIVE = Path("/content/drive")  # where Colab mounts Google Drive
+COLUMNS = 110  # of what commands print
 SMOKE_STEPS = 6  # enough for curves
 IMAGES, TABLE, DIALOGUES = "images", "questions.csv", "dialogues.json"  # of the example data
 
@@ -32,7 +35,17 @@ def is_smoke() -> bool:
     return os.environ.get("SMOKE") == "1"
 
 
-def runs_folder(notebook: str) -> Path:
+def start_notebook(notebook: str) -> Path:
+    """Let commands and loading print lines instead of progress bars, and return the folder of the runs.
+
+    A cell with a command shows each state of a bar as a new line.
+    """
+    os.environ |= {"TERM": "dumb", "COLUMNS": str(COLUMNS)}
+    disable_progress_bar()
+    return _runs_folder(notebook)
+
+
+def _runs_folder(notebook: str) -> Path:
     """Return the folder of a notebook's runs, and create it.
 
     On Colab it is on Google Drive, which outlives the machine: Colab asks for permission to mount it.

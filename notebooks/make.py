@@ -21,7 +21,7 @@ REPOSITORY = "flamingo-ft/flamingo_ft"  # on GitHub; badges and install cells fo
 BRANCH = "main"
 FOLDER = Path(__file__).parent
 SOURCES = FOLDER / "sources"
-ORDER = ("quickstart", "open_flamingo", "inside")
+ORDER = ("quickstart", "open_flamingo", "evaluate_and_share", "inside", "preferences")
 ON_GPU = ("open_flamingo", "new_model")
 HEADER = re.compile(r"# %%( \[markdown\])?(?: tags=(\[.*\]))?")
 MAGIC = re.compile(r"^(\s*)# ([!%])", flags=re.MULTILINE)

@@ -17,16 +17,14 @@
 import gc
 
 import torch
-from transformers.utils.logging import disable_progress_bar
 
 from flamingo_ft import Predictor, load_recipe, train
 from flamingo_ft.data import read_samples
-from flamingo_ft.notebook import runs_folder, write_example_data, write_recipe
+from flamingo_ft.notebook import start_notebook, write_example_data, write_recipe
 from flamingo_ft.report import answer_grid, loss_curve, sample_grid
 from flamingo_ft.training.build import build_model
 
-disable_progress_bar()
-RUNS = runs_folder("open_flamingo")  # on Colab a folder on your Google Drive, elsewhere ./runs
+RUNS = start_notebook("open_flamingo")  # on Colab a folder on your Google Drive, elsewhere runs/open_flamingo
 
 # %% [markdown]
 # ## Your data

@@ -25,18 +25,16 @@
 # %%
 # %matplotlib inline
 from IPython.display import display
-from transformers.utils.logging import disable_progress_bar
 
 from flamingo_ft import Predictor, load_recipe, train
 from flamingo_ft.cli.metrics_table import evaluation_tables, training_line
 from flamingo_ft.config.library import recipe_text
 from flamingo_ft.data import read_samples
 from flamingo_ft.inference.conversation import Conversation
-from flamingo_ft.notebook import runs_folder, write_recipe
+from flamingo_ft.notebook import start_notebook, write_recipe
 from flamingo_ft.report import answer_grid, loss_curve, sample_grid
 
-disable_progress_bar()
-RUNS = runs_folder("quickstart")  # on Colab a folder on your Google Drive, elsewhere ./runs
+RUNS = start_notebook("quickstart")  # on Colab a folder on your Google Drive, elsewhere runs/quickstart
 
 # %% [markdown]
 # ## The recipe
