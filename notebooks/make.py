@@ -21,7 +21,15 @@ REPOSITORY = "flamingo-ft/flamingo_ft"  # on GitHub; badges and install cells fo
 BRANCH = "main"
 FOLDER = Path(__file__).parent
 SOURCES = FOLDER / "sources"
-ORDER = ("quickstart", "open_flamingo", "evaluate_and_share", "inside", "preferences")
+ORDER = (
+    "quickstart",
+    "open_flamingo",
+    "new_model",
+    "evaluate_and_share",
+    "inside",
+    "preferences",
+    "documents",
+)
 ON_GPU = ("open_flamingo", "new_model")
 HEADER = re.compile(r"# %%( \[markdown\])?(?: tags=(\[.*\]))?")
 MAGIC = re.compile(r"^(\s*)# ([!%])", flags=re.MULTILINE)

@@ -44,37 +44,39 @@ START = bridge.train.output_dir
 # answers. The second is done here: the model answers questions, and each wrong answer becomes the rejected one.
 
 # %%
+DIGITS = bridge.data.train[0].path.parent  # the folder of the packaged data and its images
 asked = [sample for sample in read_samples(bridge.data.train[0]) if len(sample.messages) == 2][:600]
 predictor = Predictor.from_pretrained(START, max_new_tokens=8, batch_size=64)
-answers = predictor.answer(
-    [make_prompt(list(sample.images), display_text(sample.messages[0])) for sample in asked]
-)
-PAIRS = RUNS / "pairs.jsonl"
-with PAIRS.open("w") as file:
-    for sample, answer in zip(asked, answers, strict=True):
-        right = display_text(sample.messages[1])
-        if answer != right:
-            pair = {"prompt": display_text(sample.messages[0]), "chosen": right, "rejected": answer}
-            file.write(
-                json.dumps(pair | {"images": [str(image) for image in sample.images], "task": sample.task})
-                + "\n"
-            )
-# !wc -l {PAIRS}
-# !head -n 3 {PAIRS}
+prompts = [make_prompt(list(sample.images), display_text(sample.messages[0])) for sample in asked]
+answers = predictor.answer(prompts)
 
-# %% tags=["figure"]
-wrong = [
-    sample
+# %%
+rows = [
+    {
+        "prompt": display_text(sample.messages[0]),
+        "chosen": display_text(sample.messages[1]),
+        "rejected": answer,
+        "images": [str(image) for image in sample.images],
+    }
     for sample, answer in zip(asked, answers, strict=True)
     if answer != display_text(sample.messages[1])
 ]
-sample_grid(wrong)
+PAIRS = RUNS / "pairs.jsonl"
+PAIRS.write_text("\n".join(map(json.dumps, rows)))
+print(f"{len(rows)} wrong answers to {len(asked)} questions, such as", *rows[:2], sep="\n")
+
+# %% [markdown]
+# The packaged data has pairs of the same form. Training uses both; your own are drawn twice as often per row.
+
+# %% tags=["figure"]
+packaged = read_samples(DIGITS / "preferences.jsonl")
+sample_grid(packaged, rows=1)
 
 # %% [markdown]
 # ## Train
 #
 # The recipe `dpo` starts from the bridge and adds LoRA to the language model. `beta` limits how far the model moves from
-# the reference: a smaller value lets it move further. The packaged pairs are added to your own.
+# the reference: a smaller value lets it move further.
 
 # %%
 recipe = load_recipe(
@@ -84,8 +86,8 @@ recipe = load_recipe(
         {
             "model.init_from": START,
             "data.train": [
-                {"path": PAIRS, "weight": 2},
-                {"path": load_recipe("dpo", require=()).data.train[0].path},
+                {"path": PAIRS, "image_root": DIGITS, "weight": 2},
+                {"path": DIGITS / "preferences.jsonl"},
             ],
             "train.dpo.beta": 0.5,
             "train.logging_steps": 2,
