@@ -19,6 +19,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 REPOSITORY = "flamingo-ft/flamingo_ft"  # on GitHub; badges and install cells follow from it
 BRANCH = "main"
+FILES = f"https://github.com/{REPOSITORY}/blob/{BRANCH}"
 FOLDER = Path(__file__).parent
 SOURCES = FOLDER / "sources"
 ORDER = (
@@ -68,8 +69,13 @@ def cells(source: str) -> Iterator[tuple[bool, list[str], str]]:
         if header is None:
             raise ValueError(f"expected the header of a cell, got {first!r}")
         is_text, tags = header[1] is not None, json.loads(header[2] or "[]")
-        content = re.sub(r"^# ?", "", content, flags=re.MULTILINE) if is_text else MAGIC.sub(r"\1\2", content)
-        yield is_text, tags, content.strip()
+        yield is_text, tags, (text(content) if is_text else MAGIC.sub(r"\1\2", content)).strip()
+
+
+def text(comments: str) -> str:
+    """Return the Markdown in comments; links to other folders lead to GitHub, for Colab has no other files."""
+    plain = re.sub(r"^# ?", "", comments, flags=re.MULTILINE)
+    return plain.replace("](../", f"]({FILES}/")
 
 
 def head(name: str) -> tuple[str, str]:

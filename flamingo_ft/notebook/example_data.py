@@ -65,7 +65,7 @@ def write_box_data(folder: Path, rows: int, seed: int = 0) -> Path:
         page = Image.new("RGB", (PAGE, PAGE))
         page.paste(Image.open(random.choice(scans)).resize((SCAN, SCAN)), (left, top))
         page.save(folder / f"{number}.png")
-        row = {"image": f"{number}.png", "question": "Where is the digit?", "answer": "There: <box>."}
+        row = {"image": f"{number}.png", "question": "Where is the digit?", "answer": "<box>"}
         lines.append(json.dumps(row | {"boxes": [[left, top, left + SCAN, top + SCAN]]}) + "\n")
     atomic.write_text(folder / "rows.jsonl", "".join(lines))
     return folder / "rows.jsonl"

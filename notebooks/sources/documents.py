@@ -31,7 +31,7 @@ RUNS = start_notebook("documents")  # on Colab a folder on your Google Drive, el
 # them (`model.perceiver: null`).
 
 # %% tags=["figure"]
-recipe = load_recipe(write_recipe(RUNS / "pages.yaml", "pages"))
+recipe = load_recipe(write_recipe(RUNS / "pages.yaml", "pages", {"eval.metrics": ["accuracy"]}))
 sample_grid(read_samples(recipe.data.train[0]), rows=1)
 
 # %%
@@ -83,6 +83,7 @@ changes = {
     "train.batch_size": 8,
     "train.learning_rate": 4.0e-3,
     "eval.max_new_tokens": 32,
+    "eval.metrics": ["iou", "iou_50"],
 }
 boxes = load_recipe(write_recipe(RUNS / "boxes.yaml", "pages", changes))
 metrics = train(boxes, resume=True)

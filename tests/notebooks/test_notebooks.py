@@ -83,11 +83,11 @@ def test_a_notebook_begins_with_title_badge_needs_and_the_install_cell(path, mak
     title, badge, needs = notebook.cells[0].source.split("\n\n")
     assert title.startswith("# ") and badge == make.badge(path.stem)
     assert make.REPOSITORY in badge and badge.endswith(f"/notebooks/{path.name})")
-    assert "Colab: not tried" in needs and "measured" in needs
+    assert "Colab: not tried" in needs and "measured" in needs.lower()
     install = code_cells(notebook)[0].source
     assert install == notebook.cells[1].source == make.INSTALL
     assert "%pip install" in install and f"github.com/{make.REPOSITORY}@" in install
-    assert "%pip" not in "".join(cell.source for cell in notebook.cells[2:])
+    assert "%pip" not in "".join(cell.source for cell in code_cells(notebook)[1:])
 
 
 @every_notebook
@@ -97,11 +97,14 @@ def test_a_notebook_defines_nothing(path):
 
 
 @every_notebook
-def test_links_of_a_notebook_lead_to_files(path):
+def test_links_of_a_notebook_lead_to_files(path, make):
     text = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells)
-    links = [part.partition(")")[0] for part in text.split("](")[1:]]
-    local = [link.partition("#")[0] for link in links if "://" not in link]
-    assert not [link for link in local if not (FOLDER / link).exists()]
+    links = [part.partition(")")[0].partition("#")[0] for part in text.split("](")[1:]]
+    local = [FOLDER / link for link in links if "://" not in link]
+    local += [
+        FOLDER.parent / link.removeprefix(make.FILES)[1:] for link in links if link.startswith(make.FILES)
+    ]
+    assert not [link for link in local if not link.exists()]
 
 
 def test_a_source_with_a_wrong_header_is_refused(make):
