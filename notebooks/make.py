@@ -73,7 +73,7 @@ def cells(source: str) -> Iterator[tuple[bool, list[str], str]]:
 
 
 def text(comments: str) -> str:
-    """Return the Markdown in comments; links to other folders lead to GitHub, for Colab has no other files."""
+    """Return the Markdown in comments; links to other folders lead to GitHub, as Colab has no other files."""
     plain = re.sub(r"^# ?", "", comments, flags=re.MULTILINE)
     return plain.replace("](../", f"]({FILES}/")
 

@@ -22,6 +22,7 @@ from flamingo_ft.training.trial import Trial
 
 DRIVE = Path("/content/drive")  # where Colab mounts Google Drive
 COLUMNS, LINES = 110, 40  # the size that commands take a cell for
+SAVE_STEPS = 50  # between two checkpoints
 SMOKE_STEPS = 6  # enough for curves
 
 
@@ -63,11 +64,12 @@ def write_recipe(file: Path, recipe: str | Path, changes: Mapping[str, Any] | No
     """Write a recipe with values of your own to ``file``, whose run is kept beside it, and return ``file``.
 
     recipe: the name of a packaged recipe, or a file. changes: key -> value, such as ``{"train.max_steps":
-    100}``; paths are relative to the current directory. In a test the file holds the recipe's trial. Raises
-    UserError as `load_recipe` does.
+    100}``; paths are relative to the current directory. Without ``train.save_steps`` among them, checkpoints
+    are frequent, because a notebook's machine may be lost at any time. In a test the file holds the recipe's
+    trial. Raises UserError as `load_recipe` does.
     """
     folder = file.with_suffix("")
-    values = {"train.output_dir": folder, **(changes or {})}
+    values = {"train.output_dir": folder, "train.save_steps": SAVE_STEPS, **(changes or {})}
     settings = load_recipe(
         recipe, [f"{key}={json.dumps(value, default=str)}" for key, value in values.items()]
     )

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Documents: tiles and boxes
 #
-# No GPU, no downloads. NEEDS Colab: not tried.
+# No GPU, no downloads. Measured on 2 CPU cores: 3.3 CPU minutes, 1.7 GiB. Colab: not tried.
 
 # %% [markdown]
 # A tower sees an image at its own small size: 224 pixels for most, 32 for the one here. Small text is lost. Two tools

@@ -29,7 +29,7 @@ RUNS = start_notebook("new_model")  # on Colab a folder on your Google Drive, el
 # to sort emoji by two drawing styles, and is asked about a third. On a CPU this takes most of an hour.
 
 # %% tags=["figure"]
-small = load_recipe(write_recipe(RUNS / "emoji.yaml", "emoji", {"eval.steps": 100}))
+small = load_recipe(write_recipe(RUNS / "emoji.yaml", "emoji", {"eval.steps": 100, "train.save_steps": 100}))
 sample_grid(read_samples(small.data.train[0]), rows=1)
 
 # %% [markdown]

@@ -67,8 +67,8 @@ sample_grid(samples)
 # ## Training
 #
 # The same as `flamingo-ft train quickstart --resume` on the command line: ask the held-out questions, train the bridge,
-# save it, and ask again. After a disconnect, run all cells again: the run resumes from its last checkpoint, and a
-# finished run is not repeated.
+# save it, and ask again. After a disconnect, run all cells again: the run resumes from its last checkpoint, one of
+# which is saved every 50 steps, and a finished run is not repeated. To train with other values, name another recipe file.
 
 # %%
 metrics = train(recipe, resume=True)

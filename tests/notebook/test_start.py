@@ -62,7 +62,7 @@ def test_a_recipe_is_written_with_its_changes_and_its_run_beside_it(here):
     recipe = load_recipe(file)
     assert recipe.train.max_steps == 7 and recipe.lora.parts["language"].r == 4
     assert recipe.data.train[0].path == data and recipe.data.eval == ()
-    assert recipe.train.output_dir == here / "mine"
+    assert recipe.train.output_dir == here / "mine" and recipe.train.save_steps == start.SAVE_STEPS
 
 
 def test_in_a_test_the_file_holds_a_trial_of_the_recipe(here, monkeypatch, capsys):
