@@ -20,6 +20,7 @@ import torch
 
 from flamingo_ft import Predictor, load_recipe, train
 from flamingo_ft.data import read_samples
+from flamingo_ft.data.sample import display_text
 from flamingo_ft.notebook import start_notebook, write_example_data, write_recipe
 from flamingo_ft.report import answer_grid, loss_curve, sample_grid
 from flamingo_ft.training.build import build_model
@@ -120,7 +121,7 @@ answer_grid(recipe.train.output_dir, rows=2)
 predictor = Predictor.from_pretrained(recipe.train.output_dir)
 after = predictor.batch(questions, max_new_tokens=16)
 for sample, old, new in zip(samples, before, after, strict=False):
-    print(f"right: {sample.messages[-1]['content'][0]['text']!r}  before: {old!r}  after: {new!r}")
+    print(f"right: {display_text(sample.messages[-1])!r}  before: {old!r}  after: {new!r}")
 
 # %% [markdown]
 # ## Look

@@ -31,7 +31,7 @@ RUNS = start_notebook("preferences")  # on Colab a folder on your Google Drive, 
 
 # %%
 bridge = load_recipe(
-    write_recipe(RUNS / "bridge.yaml", "bridge", {"train.max_steps": 60, "eval.max_samples": 200})
+    write_recipe(RUNS / "bridge.yaml", "bridge", {"train.max_steps": 40, "eval.max_samples": 200})
 )
 train(bridge, resume=True)
 START = bridge.train.output_dir
