@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Preferences: DPO on your own pairs
 #
-# No GPU, no downloads. NEEDS Colab: not tried.
+# No GPU, no downloads. Measured on 2 CPU cores: 2.4 CPU minutes, 2.1 GiB. Colab: not tried.
 
 # %% [markdown]
 # Supervised training shows a model good answers. Direct preference optimization
