@@ -59,7 +59,8 @@ answer_grid(small.train.output_dir, rows=2)
 # ## A pair of today
 #
 # SigLIP 2 (576 tokens per image, 384 pixels) and Qwen3-1.7B, both frozen in 4 bits. The recipe `siglip2_qwen3` has the
-# 4 B model; another language model is one line. Answers are trained without
+# 4 B model; another language model is one line, and
+# `!flamingo-ft plan {RUNS}/siglip2_qwen3.yaml` prints what it needs. Answers are trained without
 # thinking. Put your own data in place of the
 # emoji: a new bridge wants thousands of rows, and learns faster from short answers about one thing each.
 
@@ -74,14 +75,10 @@ changes = {
     "eval.max_new_tokens": 16,
     "eval.max_samples": 100,
 }
-file = write_recipe(RUNS / "siglip2_qwen3.yaml", "siglip2_qwen3", changes)
-large = load_recipe(file)
+large = load_recipe(write_recipe(RUNS / "siglip2_qwen3.yaml", "siglip2_qwen3", changes))
 
 # %%
-# !flamingo-ft plan {file}
-
-# %%
-metrics = train(large, resume=True, log=print)
+metrics = train(large, resume=True)
 display(*evaluation_tables(metrics["eval"]))
 
 # %% tags=["figure"]

@@ -105,7 +105,7 @@ torch.cuda.empty_cache()
 # after training, and with the images of other samples: a model that reads its images scores lower there.
 
 # %%
-metrics = train(recipe, resume=True, log=print)
+metrics = train(recipe, resume=True)
 print(metrics["eval"]["verdict"])
 
 # %% tags=["figure"]

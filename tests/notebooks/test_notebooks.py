@@ -136,6 +136,7 @@ def kernel(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(flamingo_ft.__file__).parents[1]))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("SMOKE", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # models so small gain nothing from a second thread
     (tmp_path / "temporary").mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
     return write_command(tmp_path, monkeypatch)
