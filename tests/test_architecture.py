@@ -36,6 +36,7 @@ ORDER = (
     "plan",
     "report",
     "training",
+    "notebook",
     "cli",
     "__main__",
 )

@@ -1,7 +1,7 @@
 """Where in the images each token of an answer looks: `Look`, which `Predictor.look` returns.
 
-Shapes: K gated cross-attention blocks, T tokens of the answer, M media, F frames, H and W pixels of the
-tower's input, h and w its grid of visual tokens.
+Shapes: K gated cross-attention blocks, T tokens of the answer, M media, L latents of each, F frames,
+H and W pixels of the tower's input, h and w its grid of visual tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from flamingo_ft.backbones.tower import to_picture
 from flamingo_ft.backbones.visual_tokens import map_to_tokens, spatial_maps
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
-from flamingo_ft.model.attention_maps import attention_maps, record_attention
+from flamingo_ft.model.attention_maps import attention_maps, latent_maps, record_attention
 from flamingo_ft.model.tiles import UNTILED, Grid
 
 if TYPE_CHECKING:
@@ -44,7 +44,8 @@ class Look:
     for images, and frames that a shorter video lacks are zero. pictures: of each medium the frames
     (F, H, W, 3) as the tower sees them, resized and cropped, in 8-bit RGB. grids: rows and columns of the
     tiles of each medium; the F frames of a tiled image are the whole of it, unless left out, and its tiles
-    row by row.
+    row by row. latents (M, L, F, h, w), float32: how much of each visual token each latent of the perceiver
+    holds, with a sum of 1 per latent; without a perceiver, each latent is a visual token.
     """
 
     answer: str
@@ -53,6 +54,7 @@ class Look:
     weights: np.ndarray
     pictures: list[np.ndarray]
     grids: list[Grid]
+    latents: np.ndarray
 
     @property
     def average(self) -> np.ndarray:
@@ -87,6 +89,17 @@ class Look:
             mean = weights.mean(0, keepdims=True)
             return draw_look(self.pictures, self.grids, ["mean of all tokens"], mean)
         return draw_look(self.pictures, self.grids, [self.tokens[token]], weights[token : token + 1])
+
+    def latent_figure(self, medium: int = 0, count: int = 16) -> Figure:
+        """Draw what the first ``count`` latents of the perceiver hold of a medium, one panel per latent.
+
+        medium: its index.
+        """
+        from .look_figure import draw_look
+
+        held = self.latents[medium, :count, None]
+        names = [f"latent {number}" for number in range(1, len(held) + 1)]
+        return draw_look(self.pictures[medium : medium + 1], self.grids[medium : medium + 1], names, held)
 
     def _weights_of(self, layer: int | None) -> np.ndarray:
         """Return the weights before a decoder layer, or their mean over the layers: (T, M, F, h, w)."""
@@ -134,6 +147,7 @@ def look_at(
         weights=weights.numpy(),
         pictures=[frames[:length] for frames, length in zip(pictures, lengths, strict=True)],
         grids=[UNTILED] * len(pixels) if grids is None else [(r, c) for r, c in grids[0].tolist()],
+        latents=latent_maps(record).unflatten(-1, maps.shape[2:]).numpy(),
     )
 
 

@@ -102,13 +102,21 @@ def attention_maps(record: AttentionRecord) -> Tensor:
     if not record.blocks:
         raise ValueError("attention_maps: no cross-attention was recorded; pass a text with an image")
     blocks = torch.stack(list(record.blocks.values()))
-    media, latents = blocks.shape[2:]
+    return torch.einsum("ktml,mlfv->ktmfv", blocks, latent_maps(record))
+
+
+def latent_maps(record: AttentionRecord) -> Tensor:
+    """Return how much of each visual token each latent of each medium holds: (M, L, F, V).
+
+    Latents and frames that a medium lacks are zero (`attention_maps`).
+    """
+    media, latents = next(iter(record.blocks.values())).shape[1:]
     frames, tokens = max(call.frames for call in record.perceiver), record.perceiver[0].tokens
     held = torch.zeros(media, latents, frames, tokens)
     for call in record.perceiver:
         maps = call.latent_maps()
         held[call.slots, : maps.shape[1], : call.frames] = maps
-    return torch.einsum("ktml,mlfv->ktmfv", blocks, held)
+    return held
 
 
 def rollout(layers: Sequence[Tensor]) -> Tensor:

@@ -79,6 +79,16 @@ def test_pictures_are_the_images_as_the_tower_sees_them(files, look):
         np.testing.assert_array_equal(picture, cropped[None])
 
 
+def test_a_tokens_weights_are_a_mixture_of_what_the_latents_hold(look):
+    assert look.latents.shape == (2, 2, 1, *GRID) and look.latents.dtype == np.float32
+    np.testing.assert_allclose(look.latents.sum((2, 3, 4)), 1, rtol=1e-5)
+    held = look.latents[1].reshape(2, -1)  # of the last image, the only one that tokens see
+    for weights in look.weights[:, :, 1].reshape(-1, held.shape[1]):
+        shares = np.linalg.lstsq(held.T, weights, rcond=None)[0]
+        assert shares.sum() == pytest.approx(1, abs=1e-3) and (shares > 0).all()
+        np.testing.assert_allclose(shares @ held, weights, atol=1e-6)
+
+
 def test_a_video_has_weights_for_each_of_its_frames(predictor, files):
     video = Video(frames=tuple(map(str, files)))
     look = predictor.look([video, files[0]], BOTH)
@@ -209,6 +219,14 @@ def test_the_figure_has_a_panel_of_the_pictures_and_one_per_token_with_its_weigh
     for panel, average in zip(panels, look.average, strict=True):
         np.testing.assert_array_equal(np.stack(heat(panel)), average[:, 0])
         assert [text.get_text() for text in panel.texts] == ["image 1: 0 %", "image 2: 100 %"]
+
+
+def test_the_figure_of_latents_has_a_panel_for_each_of_the_first_ones(look):
+    _, *panels = shown(look.latent_figure(1))
+    assert [panel.get_title() for panel in panels] == ["latent 1", "latent 2"]
+    for panel, held in zip(panels, look.latents[1], strict=True):
+        np.testing.assert_array_equal(np.stack(heat(panel)), held)
+    assert len(shown(look.latent_figure(count=1))) == 2
 
 
 def test_all_panels_and_the_bar_have_one_colour_scale(look):
