@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 import ast
-import base64
 import importlib.util
-import io
-import json
-import os
-import sys
-from pathlib import Path
 
 import nbformat
 import numpy as np
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
-from nbclient import NotebookClient
-from PIL import Image
 
-import flamingo_ft
+from .execution import NOTEBOOKS as FOLDER
+from .execution import check_figures, code_cells, executed, is_blank, make_kernel, outputs
 
-FOLDER = Path(__file__).parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
-FIGURE = "figure"  # tag of a cell that shows one
-MIN_DEVIATION = 5.0  # of the 8-bit values of a figure that shows something
-MIN_INK = 0.005  # fraction of its pixels that are not background
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
@@ -38,18 +27,10 @@ def make():
     return module
 
 
-def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
-    return [cell for cell in notebook.cells if cell.cell_type == "code"]
-
-
 def code_of(notebook: nbformat.NotebookNode) -> str:
     """All its code cells as plain Python, magics included."""
     transform = TransformerManager().transform_cell
     return "\n".join(transform(cell.source) for cell in code_cells(notebook))
-
-
-def outputs(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
-    return [output for cell in notebook.cells for output in cell.get("outputs", ())]
 
 
 # --- as they are stored ---
@@ -125,43 +106,10 @@ def test_magics_and_shell_commands_are_comments_in_a_source(make):
 
 @pytest.fixture
 def kernel(tmp_path, monkeypatch):
-    """A Jupyter home with one kernel: this Python, this package, offline. Returns where failures go."""
-    spec = {"argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]}
-    folder = tmp_path / "jupyter" / "kernels" / "python3"
-    folder.mkdir(parents=True)
-    (folder / "kernel.json").write_text(json.dumps(spec | {"display_name": "Python 3", "language": "python"}))
-    for home in ("JUPYTER_PATH", "JUPYTER_DATA_DIR", "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR"):
-        monkeypatch.setenv(home, str(tmp_path / "jupyter"))
-    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-    monkeypatch.setenv("PYTHONPATH", str(Path(flamingo_ft.__file__).parents[1]))
+    """A kernel without a network. Returns the file of failed commands."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("SMOKE", "1")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # models so small gain nothing from a second thread
-    (tmp_path / "temporary").mkdir()
-    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
-    return write_command(tmp_path, monkeypatch)
-
-
-def write_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Put a `flamingo-ft` on the path, which notes failures in the file that is returned."""
-    failed, command = folder / "failed.txt", folder / "bin" / "flamingo-ft"
-    failed.touch()
-    command.parent.mkdir()
-    command.write_text(f'#!/bin/sh\n"{sys.executable}" -m flamingo_ft "$@" || echo "$@" >> "{failed}"\n')
-    command.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{command.parent}{os.pathsep}{os.environ['PATH']}")
-    return failed
-
-
-def images(cell: nbformat.NotebookNode) -> list[np.ndarray]:
-    """The pictures that a cell showed, in grey."""
-    shown = [output.data["image/png"] for output in cell.outputs if "image/png" in output.get("data", {})]
-    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("L")) for data in shown]
-
-
-def is_blank(picture: np.ndarray) -> bool:
-    background = np.bincount(picture.ravel()).argmax()
-    return picture.std() < MIN_DEVIATION or (picture != background).mean() < MIN_INK
+    return make_kernel(tmp_path, monkeypatch)
 
 
 def test_a_picture_of_one_colour_is_blank_and_one_with_a_curve_is_not():
@@ -174,16 +122,7 @@ def test_a_picture_of_one_colour_is_blank_and_one_with_a_curve_is_not():
 @pytest.mark.slow
 @every_notebook
 def test_a_notebook_runs_whole_and_its_figures_show_something(path, kernel, tmp_path):
-    notebook, here = nbformat.read(path, as_version=4), tmp_path / "here"
-    here.mkdir()
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(here)}}).execute()
-    assert not [output for output in outputs(notebook) if output.output_type == "error"]
+    here = tmp_path / "here"
+    check_figures(executed(path, here))
     assert kernel.read_text() == "", "a command failed"
-    figures = [cell for cell in code_cells(notebook) if FIGURE in cell.metadata.get("tags", ())]
-    assert len(figures) >= 2
-    for cell in figures:
-        pictures = images(cell)
-        assert pictures and not any(map(is_blank, pictures)), cell.source
-    untagged = [cell for cell in code_cells(notebook) if cell not in figures and images(cell)]
-    assert not untagged, f"these cells show a figure and need the tag: {[cell.source for cell in untagged]}"
     assert list(here.iterdir()) == []
