@@ -1,4 +1,4 @@
-"""Run a notebook as a user does: in an empty folder, with a kernel of this Python and `flamingo-ft` on the path."""
+"""Run a notebook as a user does: in an empty folder, with this Python and `flamingo-ft` on the path."""
 
 from __future__ import annotations
 
