@@ -29,6 +29,14 @@ NANO = "nano"
 BATCH_SIZE, NANO_BATCH_SIZE = 8, 16
 HEADROOM = 1.25  # over the longest answer and text read, for rows that were not read
 ANSWER_STEP, TEXT_STEP = 8, 64  # tokens to round up to
+NOTHING_HELD_OUT = (
+    "no samples can be held out, because all rows share their images or there is only one; name some with "
+    "--eval, or nothing will be known of the answers"
+)
+CONTINUES_IMAGES = (
+    "rows of image and caption: the model learns to continue an image, so ask it without --prompt; for "
+    "questions, write a table with the columns image, question and answer"
+)
 EVAL_SAMPLES = 200  # enough to see a difference of a few percent
 MAX_EVAL_FRACTION = 0.2  # of the rows
 MIN_STEPS = 200  # before a new bridge shows anything
@@ -96,7 +104,10 @@ def new_recipe_text(file: Path, options: RecipeOptions) -> tuple[str, list[str]]
         **_lengths(inspected),
         **_schedule(train, evaluation, NANO_BATCH_SIZE if language == NANO else BATCH_SIZE),
     }
-    return _render(values), _notes(inspected)
+    notes = _notes(inspected)
+    if evaluation is None and values["eval_fraction"] is None:
+        notes.append(NOTHING_HELD_OUT)
+    return _render(values), notes
 
 
 def _tower(options: RecipeOptions) -> tuple[str, str | None]:
@@ -186,6 +197,8 @@ def _round_up(number: float, step: int) -> int:
 
 def _notes(inspected: Sequence[InspectedData]) -> list[str]:
     notes = []
+    if inspected[0].entry.format == "caption":
+        notes.append(CONTINUES_IMAGES)
     for data in inspected:
         path = data.entry.path
         if data.problems:

@@ -6,6 +6,7 @@ seconds that it takes to import torch.
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -63,6 +64,8 @@ app.add_typer(recipes.recipes_app, name="recipes")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; user errors are printed as one line, without a traceback."""
+    if not sys.stderr.isatty():  # each state of a bar would be a line of its own
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         code = app(arguments, prog_name="flamingo-ft", standalone_mode=False) or 0
     except ReportedElsewhere:

@@ -32,6 +32,10 @@ _MERGE_MODELS = {
     "merged": "merged",
 }
 
+NOTHING_HELD_OUT = (
+    "no samples are held out, so nothing is known of its answers: set data.eval or data.eval_fraction"
+)
+
 
 def print_metrics(metrics: Mapping[str, Any]) -> None:
     """Print the metrics of a run or an evaluation (metrics.json)."""
@@ -44,6 +48,8 @@ def print_metrics(metrics: Mapping[str, Any]) -> None:
         Console().print(_text_table(table))
     if metrics.get("train"):
         typer.echo(training_line(metrics["train"]))
+        if not metrics.get("eval"):
+            typer.echo(NOTHING_HELD_OUT)
 
 
 def _text_table(text: TextTable) -> Table:

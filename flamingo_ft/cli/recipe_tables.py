@@ -259,7 +259,7 @@ def batch_line(plan: Mapping[str, Any]) -> str:
     answers = f" x {batch['answers']} answers" if batch["answers"] > 1 else ""
     line = (
         f"for {batch['samples']}{answers} x {batch['text_tokens']} text tokens ({batch['where_from']}), "
-        f"{batch['images']} images per sample"
+        f"{plural(batch['images'], 'image')} per sample"
     )
     if plan["paged"]:
         line += f"; {gib(plan['paged'])} GiB of optimizer state are paged and may be moved to host RAM"

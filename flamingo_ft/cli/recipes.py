@@ -105,7 +105,7 @@ def _keep_probe(folder: Path, output_dir: Path) -> None:
     from flamingo_ft.training.output_dir import keep_probe
 
     if keep_probe(folder / PROBE_FILE, output_dir):
-        log(f"probe in {output_dir / PROBE_FILE}, where the run's verdict and report find it")
+        log(f"probe in {output_dir / PROBE_FILE}, where the verdict and report of the next run find it")
     else:
         log(f"{output_dir} holds other files; copy {folder / PROBE_FILE} to the run's folder for its verdict")
 
@@ -239,7 +239,8 @@ def new_recipe(
     )
     for note in write_new_recipe(file, options):
         typer.echo(f"note: {note}", err=True)
-    typer.echo(f"wrote {file}; look at it, then: flamingo-ft check {shlex.quote(str(file))}")
+    typer.echo(f"wrote {file}, and beside it a schema for editors; look at it, then:")
+    typer.echo(f"flamingo-ft check {shlex.quote(str(file))}")
 
 
 def _columns(options: Sequence[str]) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,9 @@ from flamingo_ft.errors import UserError
 if TYPE_CHECKING:
     from flamingo_ft.config import Recipe as RecipeValues
     from flamingo_ft.data import OpenedData
+
+
+DOCUMENTS = {"caption", "interleaved"}  # formats whose text the model continues, without a prompt
 
 
 def train(
@@ -61,16 +65,18 @@ def train(
             _run(path, settings, overwrite, resume)
         return
     settings = load_recipe(path, overrides or ())
-    _run(path, settings, overwrite, resume)
+    formats = _run(path, settings, overwrite, resume)
     if is_main_process():
         folder = settings.train.output_dir
-        typer.echo(f"adapter in {folder}; try it: flamingo-ft generate {folder} --image FILE --prompt TEXT")
+        prompt = "" if formats and formats <= DOCUMENTS else " --prompt TEXT"
+        typer.echo(f"adapter in {folder}; try it: flamingo-ft generate {folder} --image FILE{prompt}")
 
 
 @contextmanager
 def _trial(recipe: RecipeValues) -> Generator[RecipeValues]:
     """Yield the recipe of a trial run, whose folder is removed, and print what stands in for what."""
-    with tempfile.TemporaryDirectory(prefix="flamingo_ft_smoke_") as folder:
+    with tempfile.TemporaryDirectory(prefix="flamingo_ft_smoke_") as folder, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Paged optimizers are not supported on CPU", UserWarning)
         from flamingo_ft.training.trial import Trial
 
         trial = Trial(recipe, Path(folder))
@@ -82,8 +88,8 @@ def _trial(recipe: RecipeValues) -> Generator[RecipeValues]:
         typer.echo("smoke: the trial run finished; nothing of it was kept", err=True)
 
 
-def _run(path: Path, settings: RecipeValues, overwrite: bool, resume: bool) -> None:
-    """Train as the recipe says, and print the results."""
+def _run(path: Path, settings: RecipeValues, overwrite: bool, resume: bool) -> set[str]:
+    """Train as the recipe says, print the results, and return the formats of the training data."""
     from flamingo_ft.training.output_dir import prepare_output_dir, refuse_lost_run
 
     folder = settings.train.output_dir
@@ -98,9 +104,16 @@ def _run(path: Path, settings: RecipeValues, overwrite: bool, resume: bool) -> N
     from flamingo_ft.cli.output import log
     from flamingo_ft.training.train import train as run_training
 
-    metrics = run_training(settings, print_sources, resume=resume, log=log)
+    formats: set[str] = set()
+
+    def on_data(data: OpenedData) -> None:
+        formats.update(weighted.source.format for weighted in data.train)
+        print_sources(data)
+
+    metrics = run_training(settings, on_data, resume=resume, log=log)
     if is_main_process():
         print_metrics(metrics)
+    return formats
 
 
 def is_main_process() -> bool:

@@ -100,7 +100,8 @@ def _packaged_file(name: str) -> Path:
     known = packaged_recipes()
     if name not in known:
         nearest = difflib.get_close_matches(name, known, n=1) or sorted(known)
-        raise UserError(f"recipe {name}: no packaged recipe of this name; known: {', '.join(nearest)}")
+        hint = f"did you mean {nearest[0]}?" if len(nearest) == 1 else f"known: {', '.join(nearest)}"
+        raise UserError(f"recipe {name}: no packaged recipe of this name; {hint}")
     return known[name]
 
 

@@ -53,13 +53,18 @@ class AnswersFile:
 
     def finish(self) -> None:
         """Mark the file as complete."""
-        self.close()
+        self._file.close()
         self._progress.unlink(missing_ok=True)
+        self.is_complete = True
 
     def close(self) -> None:
-        """Close the file; it can be continued later."""
-        if not self.is_complete:
-            self._file.close()
+        """Close the file; it can be continued later. One without rows is removed."""
+        if self.is_complete:
+            return
+        self._file.close()
+        if not self.rows:
+            self.path.unlink()
+            self._progress.unlink(missing_ok=True)
 
     def _begin(self, size: int) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ from transformers import BaseImageProcessor, BatchFeature, PreTrainedTokenizerBa
 
 from flamingo_ft.backbones.tower import image_transform
 from flamingo_ft.errors import UserError
+from flamingo_ft.formatting import plural
 from flamingo_ft.hub.names import check_path_exists
 
 from .added_tokens import EOC_TOKEN, MEDIA_TOKEN
@@ -305,9 +306,8 @@ def assign_images(images: Any, markers: Sequence[int]) -> list[list[Any]]:
         raise UserError(f"got {len(images)} lists of images for {len(markers)} texts; pass one each")
     for row, (own, count) in enumerate(zip(images, markers, strict=True)):
         if len(own or ()) != count:  # TRL's GRPO has None for a text without images
-            raise UserError(
-                f"text {row} has {count} {MEDIA_TOKEN} markers but {len(own or ())} images; {remedy}"
-            )
+            found = plural(len(own or ()), "image")
+            raise UserError(f"text {row} has {count} {MEDIA_TOKEN} markers but {found}; {remedy}")
     return [list(row or ()) for row in images]
 
 
@@ -315,7 +315,8 @@ def _assign_in_order(images: Sequence[Any], markers: Sequence[int], remedy: str)
     """Assign one list of images to the texts in order, as many to each as it has markers."""
     if len(images) != sum(markers):
         where = "text 0 has" if len(markers) == 1 else f"{len(markers)} texts have"
-        raise UserError(f"{where} {sum(markers)} {MEDIA_TOKEN} markers but {len(images)} images; {remedy}")
+        found = plural(len(images), "image")
+        raise UserError(f"{where} {sum(markers)} {MEDIA_TOKEN} markers but {found}; {remedy}")
     remaining = iter(images)
     return [[next(remaining) for _ in range(count)] for count in markers]
 

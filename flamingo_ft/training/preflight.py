@@ -21,7 +21,7 @@ from flamingo_ft.data.eval_split import find_overlap
 from flamingo_ft.data.opened_data import MAX_VALIDATED_ROWS
 from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.questions import measure_answers
-from flamingo_ft.formatting import gib
+from flamingo_ft.formatting import gib, plural
 from flamingo_ft.machine_errors import reraise_machine_error
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo_ft.plan.plan_report import CONTEXT, FRAGMENTATION
@@ -243,7 +243,8 @@ def memory_notice(recipe: Recipe) -> str:
         free, where = torch.cuda.mem_get_info(device)[0], f"on {torch.cuda.get_device_name(device)}"
     else:
         free, where = psutil.virtual_memory().available, "of host RAM"
-    line = f"memory: planned peak {gib(peak)} GiB, {gib(free)} GiB {where} are free"
+    planned = f"planned peak {gib(peak)} GiB" + ("" if device.type == "cuda" else " besides Python's own")
+    line = f"memory: {planned}, {gib(free)} GiB {where} are free"
     return line if peak <= free else f"warning: {line}; flamingo-ft plan says what to change"
 
 
@@ -269,7 +270,7 @@ def _overlap(data: OpenedData, eval_samples: Sequence[Sample]) -> str | None:
     if overlap is None:
         return None
     return (
-        f"{overlap.count:,} of {len(eval_samples):,} held-out samples show an image that is trained on too "
-        f"(first {overlap.eval}, trained on in {overlap.train}), so accuracy on them says little; "
-        "hold these images out"
+        f"an image of {overlap.count:,} of {plural(len(eval_samples), 'held-out sample')} is trained on too "
+        f"(first {overlap.eval}, trained on in {overlap.train}), so accuracy on "
+        f"{'it' if overlap.count == 1 else 'them'} says little; leave these images out of training"
     )

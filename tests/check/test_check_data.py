@@ -86,7 +86,8 @@ def test_every_kind_of_bad_row_is_listed_with_its_row(tmp_path):
             f"FOLDER/{schema}.jsonl: row {i}: {message}" for i, (_, message) in enumerate(bad, start=1)
         ]
     findings = checked(tmp_path, entries)
-    lines = [MEDIUM.sub("", line.replace(str(inside), "FOLDER")) for line in problem_lines(tmp_path)]
+    text = "\n".join(problem_lines(tmp_path))
+    lines = MEDIUM.sub("", text.replace(str(inside), "FOLDER").replace(str(tmp_path), "PARENT")).split("\n")
     assert lines == expected
     assert findings.problems == findings.bad == len(BAD_ROWS) and findings.objection
     assert sum(part.samples for part in findings.parts) == 2 * len(GOOD)

@@ -81,7 +81,7 @@ def test_copying_over_anything_is_refused_and_writes_nothing(library, taken):
 
 
 def test_copying_an_unknown_recipe_is_refused_with_the_nearest_name(library):
-    with pytest.raises(UserError, match="recipe digit: no packaged recipe of this name; known: digits"):
+    with pytest.raises(UserError, match="recipe digit: no packaged recipe of this name; did you mean digits"):
         copy_recipe("digit", Path("."))
 
 

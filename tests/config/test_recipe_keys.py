@@ -200,7 +200,7 @@ def test_show_prints_the_file_unchanged(capsys):
     assert main(["recipes", "show", "quickstrat"]) == 2
     assert (
         capsys.readouterr().err
-        == "error: recipe quickstrat: no packaged recipe of this name; known: quickstart\n"
+        == "error: recipe quickstrat: no packaged recipe of this name; did you mean quickstart?\n"
     )
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 
 from flamingo_ft.config import DataSection, DataSource
 from flamingo_ft.data import open_medium, open_source, read_samples
+from flamingo_ft.data.schemas.schema import COLUMNS_EXAMPLE
 from flamingo_ft.errors import UserError
 
 from .fixtures import FACTS, SCANS, add_files
@@ -106,7 +107,7 @@ BAD_ROWS = {
     "more markers": (
         "messages",
         {**text_or_messages(("user", "<image><image>?"), ("assistant", "A")), "images": ["a.png"]},
-        f"got 2 <image> markers but 1 images; {MARKERS}",
+        f"got 2 <image> markers but 1 image; {MARKERS}",
     ),
     "more videos": (
         "messages",
@@ -574,8 +575,8 @@ BAD_ENTRIES = {
     ),
     "unknown columns": (
         lambda f: write(f, "x.csv", "a,b\n1,2\n"),
-        "FOLDER/x.csv: row 0: no format has these columns, got a, b; name them with columns and format, or "
-        "provide those of preference (prompt, chosen, rejected); messages",
+        "FOLDER/x.csv: row 0: no format has these columns, got a, b; name them with columns and format "
+        f"({COLUMNS_EXAMPLE}), or provide those of preference (prompt, chosen, rejected); messages",
     ),
     "unknown field": (
         lambda f: write(f, "x.jsonl", ROW) | {"columns": {"reply": "answer"}},

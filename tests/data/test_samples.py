@@ -171,7 +171,7 @@ MALFORMED = {
     ),
     "more markers than images": (
         {**with_content("<image> or <image>?"), "images": ["a.png"]},
-        ": got 2 <image> markers but 1 images; add the missing images or remove markers",
+        ": got 2 <image> markers but 1 image; add the missing images or remove markers",
     ),
     "fewer markers than images": (
         {**with_content([IMAGE]), "images": ["a.png", "b.png"]},

@@ -94,10 +94,10 @@ def test_tokenizer_arguments_may_be_grouped(processor):
     ("images", "text", "complaint"),
     [
         (None, "a <image>", "text 0 has 1 <image> markers but 0 images"),
-        (A, "a", "text 0 has 0 <image> markers but 1 images"),
+        (A, "a", "text 0 has 0 <image> markers but 1 image"),
         ([A, B], "a <image>", "text 0 has 1 <image> markers but 2 images"),
-        ([A], ["<image>", "<image>"], "2 texts have 2 <image> markers but 1 images"),
-        ([[A], [B]], ["<image>", "a"], "text 1 has 0 <image> markers but 1 images"),
+        ([A], ["<image>", "<image>"], "2 texts have 2 <image> markers but 1 image"),
+        ([[A], [B]], ["<image>", "a"], "text 1 has 0 <image> markers but 1 image"),
         ([[], [B]], ["<image>", "<image>"], "text 0 has 1 <image> markers but 0 images"),
         ([[A], [B]], ["<image>"], "got 2 lists of images for 1 texts"),
         ([[A]], ["<image>", "<image>"], "got 1 lists of images for 2 texts"),

@@ -15,6 +15,7 @@ from flamingo_ft.data.fields import check_unicode, has_content, is_blank, text_f
 from flamingo_ft.data.media_resolver import MediaResolver
 from flamingo_ft.data.sample import DOCUMENT, ROLES, UNNAMED_TASK, Box, Medium, Sample
 from flamingo_ft.errors import UserError
+from flamingo_ft.formatting import plural
 from flamingo_ft.model.added_tokens import MEDIA_TOKEN
 
 from .boxes import BoxPart, check_boxes, refuse_markers, split_markers
@@ -224,7 +225,8 @@ def _filled(part: Part, queues: dict[bool, Iterator[Placeholder]]) -> Part:
 def _check_count(markers: int, media: int, marker: str, noun: str, where: str) -> None:
     if markers != media:
         remedy = f"add the missing {noun} or remove markers"
-        raise UserError(f"{where}: got {markers} {marker} markers but {media} {noun}; {remedy}")
+        found = plural(media, noun.removesuffix("s"))
+        raise UserError(f"{where}: got {markers} {marker} markers but {found}; {remedy}")
 
 
 def _resolved(part: Placeholder, resolver: MediaResolver) -> Medium:

@@ -47,6 +47,10 @@ from flamingo_ft.data.fields import TAR_MEMBERS, Row, is_blank, list_field, type
 from flamingo_ft.errors import UserError
 
 MEDIA_FIELDS = ("image", "images", "video", "videos")
+COLUMNS_EXAMPLE = (
+    "columns: {question: COLUMN, answer: COLUMN, image: COLUMN}, format: vqa; for a new recipe "
+    "--column question=COLUMN"
+)
 COMMON_FIELDS = (*MEDIA_FIELDS, "boxes", "task")  # belong to every schema: they never count as unread columns
 
 
@@ -208,8 +212,8 @@ def detect_schema(row: Any, where: str) -> str:
         columns = ", ".join(column for column in row if column != TAR_MEMBERS) or "none"
         known = "; ".join(f"{name} ({description})" for name, description in DATASET_FORMATS.items())
         raise UserError(
-            f"{where}: no format has these columns, got {columns}; name them with columns and format, "
-            f"or provide those of {known}"
+            f"{where}: no format has these columns, got {columns}; name them with columns and format "
+            f"({COLUMNS_EXAMPLE}), or provide those of {known}"
         )
     return name
 
