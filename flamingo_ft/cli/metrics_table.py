@@ -182,9 +182,10 @@ def merge_lines(report: Mapping[str, Any]) -> str:
         for name, metric in METRICS.items()
         if cost.get(f"{name}_margin") is not None
     )
+    merged = verified["matrices_with_lora"]
+    lora = f", {merged:,} of them matrices with LoRA: W + scale * B A" if merged else ""
     return (
-        f"verified {verified['tensors']:,} tensors, "
-        f"{verified['matrices_with_lora']:,} of them W + scale * B A{worst}\n"
+        f"verified {verified['tensors']:,} tensors{lora}{worst}\n"
         f"loss {cost['loss_increase']:+.4f} (standard error {cost['loss_increase_standard_error']:.4f}); "
         f"rejected if the increase minus two standard errors exceeds {cost['margin']:.2g}{limits}\n"
         f"logits: token agreement {percent(report['token_agreement'])}, "

@@ -23,6 +23,7 @@ _DISTRIBUTIONS = {
     "text_tokens": "text tokens",
     "label_tokens": "text tokens in the loss",
 }
+ROWS_SHOWN = 3  # of those with the same problem
 _CLASSIFIERS = {
     "majority": "majority",
     "nearest_neighbour": "1-NN",
@@ -180,14 +181,27 @@ def probe_table(probe: Mapping[str, Any]) -> Table:
 
 
 def problem_lines(record: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a line for each of the first problems, and the number of further ones."""
+    """Yield a line for each kind of the first problems, and the number of further ones."""
+    rows: dict[tuple, list[int | None]] = {}
     for problem in record["first_problems"]:
-        row = None if problem["row"] is None else f"row {problem['row']}"
-        parts = (problem["file"], row, problem["field"], problem["problem"])
+        rows.setdefault((problem["file"], problem["field"], problem["problem"]), []).append(problem["row"])
+    for (file, field, problem), numbers in rows.items():
+        parts = (file, _rows_text(numbers), field, problem)
         yield one_line(": ".join(part for part in parts if part is not None))
     more = record["problems"] - len(record["first_problems"])
     if more > 0:
         yield f"and {more:,} more problems"
+
+
+def _rows_text(numbers: Sequence[int | None]) -> str | None:
+    """Return the rows with one problem in words; None for a problem of a whole file."""
+    if numbers[0] is None:
+        return None
+    if len(numbers) == 1:
+        return f"row {numbers[0]}"
+    shown = ", ".join(str(number) for number in numbers[:ROWS_SHOWN])
+    more = len(numbers) - ROWS_SHOWN
+    return f"rows {shown}" + (f" and {more:,} more" if more > 0 else "")
 
 
 def print_plan(record: Mapping[str, Any], as_json: bool, stderr: bool = False) -> None:

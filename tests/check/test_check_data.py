@@ -347,11 +347,10 @@ def test_the_exit_code_is_0_for_good_data_and_2_for_bad_data_with_all_problems(h
     write_rows(here / "x.jsonl", [asked("?", "A"), *[asked("?", "")] * 25])
     assert cli.main(["check", "mine.yaml", "--out", "out"]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert [line for line in lines if ": row " in line] == [
-        f"error: {here}/x.jsonl: row {i}: messages[1].content: "
+    assert lines[-3] == (
+        f"error: {here}/x.jsonl: rows 1, 2, 3 and 17 more: messages[1].content: "
         "empty; write text or an image, or remove the turn"
-        for i in range(1, 21)
-    ]
+    )
     assert lines[-2:] == [
         "error: and 5 more problems",
         "error: got 25 bad rows; fix or remove them, or set data.on_bad_sample to skip",
