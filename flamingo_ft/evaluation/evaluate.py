@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 
 from flamingo_ft import atomic
-from flamingo_ft.config import RECIPE_FILE, RESULTS_FILE, EvalSection, Recipe, load_recipe
+from flamingo_ft.config import RECIPE_FILE, RESULTS_FILE, DataSection, EvalSection, Recipe, load_recipe
 from flamingo_ft.config.loading import parse_override
 from flamingo_ft.config.metric_names import parse_metric
 from flamingo_ft.data import OpenedData, Sample, open_data
 from flamingo_ft.data.drawing import scaled
+from flamingo_ft.data.read_like import read_like, sources_of
+from flamingo_ft.data.sources.source import open_source
 from flamingo_ft.errors import UserError
 from flamingo_ft.inference.predictor import Predictor
 from flamingo_ft.model import FlamingoProcessor
@@ -217,7 +219,7 @@ def recipe_for_evaluation(
     if not file.is_file():
         file = _NO_RECIPE
         _check_model(adapter, folder, has_samples=data is not None or any(map(_sets_samples, overrides)))
-    values = [*(() if data is None else _data_overrides(data)), *overrides]
+    values = [*(() if data is None else _data_overrides(Path(data), file)), *overrides]
     if any(parse_override(override).location == ("eval", "metrics") for override in overrides):
         values.append("eval.metric=loss")  # otherwise the metric that selected would be computed as well
     if load_recipe(file, values, require=()).data.eval_fraction is not None:
@@ -229,9 +231,11 @@ def recipe_for_evaluation(
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"train": sources})})
 
 
-def _data_overrides(data: str | Path) -> list[str]:
-    """Make ``data`` the only source of held-out samples, and use all of it."""
-    sources = json.dumps([{"path": str(Path(data).absolute())}], ensure_ascii=False)
+def _data_overrides(data: Path, recipe: Path) -> list[str]:
+    """Make ``data`` the only source of held-out samples, read as the recipe's own, and use all of it."""
+    known = () if recipe == _NO_RECIPE else sources_of(load_recipe(recipe, require=()))
+    source = read_like(data, known, lambda one: open_source(one, DataSection(train=(one,))))
+    sources = json.dumps([source.model_dump(mode="json", exclude_defaults=True)], ensure_ascii=False)
     return [f"data.eval={sources}", "data.eval_fraction=null", "eval.max_samples=null"]
 
 

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from flamingo_ft.config import RECIPE_FILE, load_recipe
 from flamingo_ft.data.box_writer import BoxWriter
+from flamingo_ft.data.read_like import sources_of
 from flamingo_ft.data.schemas.boxes import BoxUnit
 from flamingo_ft.formatting import plural
 from flamingo_ft.hub import fetch_model
@@ -48,13 +50,15 @@ def generate_file(
     if decoding.samples and decoding.seed is None:
         options["seed"] = 0  # so that a resumed file is the same
         decoding = Decoding(**options)
-    rows = Rows(data, prompt, image_root, box_unit)
+    folder = fetch_model(adapter)
+    recipe = folder / RECIPE_FILE
+    known = sources_of(load_recipe(recipe, require=())) if recipe.is_file() else ()
+    rows = Rows(data, prompt, image_root, box_unit, known)
     settings = {"model": str(adapter), "data": str(data.absolute()), "prompt": prompt,
                 "box_unit": box_unit,
                 "batch_size": batch_size or BATCH_SIZE, "quantization": quantization, "dtype": dtype,
                 **decoding.generate_options(), "max_new_tokens": decoding.max_new_tokens,
                 "stop_strings": list(decoding.stop_strings), "seed": decoding.seed}  # fmt: skip
-    folder = fetch_model(adapter)
     file = AnswersFile(out, settings, resume=resume, overwrite=overwrite)
     if file.is_complete:
         log(f"{out} is complete")

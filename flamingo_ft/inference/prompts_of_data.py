@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from flamingo_ft.config import DataSection, DataSource
 from flamingo_ft.data import Sample
 from flamingo_ft.data.files import is_system_file
+from flamingo_ft.data.read_like import read_like
 from flamingo_ft.data.render import is_document
 from flamingo_ft.data.sample import Box, boxes_in, message_text
 from flamingo_ft.data.schemas.boxes import BoxUnit
@@ -38,8 +39,9 @@ class Rows:
     """The rows of a data file, of a dataset's folder, or of a folder of images, in their order.
 
     prompt: asked about rows that are images alone. count: how many rows there are; None if that is known only
-    at the end. box_unit: of the rows' boxes. Iterating yields every row; one that cannot be read has an
-    ``error``. Boxes in prompts are text only once `write_boxes` is set.
+    at the end. box_unit: of the rows' boxes. known: sources of the run, for files with columns of their
+    names (`read_like`). Iterating yields every row; one that cannot be read has an ``error``. Boxes in
+    prompts are text only once `write_boxes` is set.
 
     Raises UserError for data without rows or of an unknown format, and for a prompt where rows ask their own
     questions.
@@ -51,16 +53,24 @@ class Rows:
         prompt: str | None = None,
         image_root: Path | None = None,
         box_unit: BoxUnit = "pixels",
+        known: Sequence[DataSource] = (),
     ):
         self._prompt = prompt
         self.write_boxes: Callable[[Sample], Sample] = lambda sample: sample
         self._images = image_files(data) if data.is_dir() else []
         self._source: Source | None = None
         if not self._images:
-            entry = DataSource(path=data, image_root=image_root, box_unit=box_unit)
-            self._source = Source(entry, DataSection(train=(entry,)), answer_filler(prompt))
+            self._source = self._open(read_like(data, known, self._open), image_root, box_unit)
             if prompt is not None and not self._asks(prompt):
                 raise UserError(f"--prompt: the rows of {data} ask their own questions; remove it")
+
+    def _open(
+        self, source: DataSource, image_root: Path | None = None, box_unit: BoxUnit = "pixels"
+    ) -> Source:
+        given = {"image_root": image_root or source.image_root}
+        given |= {} if box_unit == "pixels" else {"box_unit": box_unit}
+        entry = source.model_copy(update=given)
+        return Source(entry, DataSection(train=(entry,)), answer_filler(self._prompt))
 
     @property
     def count(self) -> int | None:

@@ -1,0 +1,48 @@
+"""Data named beside an adapter is read with the columns that the run's recipe names."""
+
+from pathlib import Path
+
+import pytest
+
+from flamingo_ft.config import DataSection, DataSource
+from flamingo_ft.data.read_like import read_like
+from flamingo_ft.data.sources.source import open_source
+from flamingo_ft.inference.prompts_of_data import Rows
+from tests.data.fixtures import SCANS
+
+COLUMNS = {"question": "ask", "answer": "reply", "image": "picture"}
+
+
+def write(path: Path, header: str, *rows: str) -> Path:
+    path.write_text("\n".join([header, *rows]) + "\n")
+    return path
+
+
+@pytest.fixture
+def known(tmp_path) -> DataSource:
+    file = write(tmp_path / "train.csv", "picture,ask,reply", "0690.png,Which?,Eight.")
+    return DataSource(path=file, format="vqa", columns=COLUMNS, image_root=SCANS, limit=1, weight=2.0)
+
+
+def source_of(path: Path, *known: DataSource) -> DataSource:
+    return read_like(path, known, lambda one: open_source(one, DataSection(train=(one,))))
+
+
+def test_a_recipes_own_file_is_read_whole_with_its_settings(known):
+    source = source_of(known.path, known)
+    assert (source.columns, source.image_root) == (COLUMNS, SCANS)
+    assert (source.limit, source.weight) == (None, 1.0)
+
+
+def test_another_file_with_these_columns_gets_them_and_one_that_is_recognized_does_not(known, tmp_path):
+    alike = write(tmp_path / "held.csv", "picture,ask,reply", "0945.png,Which?,Nine.")
+    assert source_of(alike, known).columns == COLUMNS and source_of(alike).columns == {}
+    usual = write(tmp_path / "usual.csv", "image,question,answer", "0945.png,Which?,Nine.")
+    assert source_of(usual, known) == DataSource(path=usual)
+
+
+def test_rows_to_answer_are_read_like_the_run_too(known, tmp_path):
+    alike = write(tmp_path / "new.csv", "picture,ask,reply", "0945.png,Which?,Nine.")
+    (row,) = Rows(alike, image_root=SCANS, known=[known])
+    assert row.error is None and row.reference == "Nine."
+    assert row.prompt.messages[-1]["content"][-1]["text"] == "Which?"
