@@ -64,12 +64,14 @@ def write_recipe(file: Path, recipe: str | Path, changes: Mapping[str, Any] | No
     """Write a recipe with values of your own to ``file``, whose run is kept beside it, and return ``file``.
 
     recipe: the name of a packaged recipe, or a file. changes: key -> value, such as ``{"train.max_steps":
-    100}``; paths are relative to the current directory. Without ``train.save_steps`` among them, checkpoints
-    are frequent, because a notebook's machine may be lost at any time. In a test the file holds the recipe's
-    trial. Raises UserError as `load_recipe` does.
+    100}``; paths are relative to the current directory. By default checkpoints are frequent, because a
+    notebook's machine may be lost at any time, and no worker processes load the data. In a test the file
+    holds the recipe's trial. Raises UserError as `load_recipe` does.
     """
     folder = file.with_suffix("")
-    values = {"train.output_dir": folder, "train.save_steps": SAVE_STEPS, **(changes or {})}
+    # A kernel has threads of its own, and a process forked from one may wait forever for a lock.
+    defaults = {"train.output_dir": folder, "train.save_steps": SAVE_STEPS, "train.num_workers": 0}
+    values = {**defaults, **(changes or {})}
     settings = load_recipe(
         recipe, [f"{key}={json.dumps(value, default=str)}" for key, value in values.items()]
     )

@@ -53,11 +53,14 @@ def _write_command(folder: Path, patch: pytest.MonkeyPatch) -> Path:
     return failed
 
 
-def executed(path: Path, here: Path) -> nbformat.NotebookNode:
-    """Return a notebook with its outputs, after running it in the new folder ``here`` without an error."""
+def executed(path: Path, here: Path, timeout: int = 300) -> nbformat.NotebookNode:
+    """Return a notebook with its outputs, after running it in the new folder ``here`` without an error.
+
+    timeout: seconds for a cell.
+    """
     notebook = nbformat.read(path, as_version=4)
     here.mkdir()
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(here)}}).execute()
+    NotebookClient(notebook, timeout=timeout, resources={"metadata": {"path": str(here)}}).execute()
     assert not [output for output in outputs(notebook) if output.output_type == "error"]
     return notebook
 

@@ -41,7 +41,7 @@ def kernel(served: Hub, tmp_path: Path, monkeypatch) -> Path:
 
 
 def test_the_notebook_about_open_flamingo_runs_as_it_is(kernel, served, tmp_path):
-    check_figures(executed(NOTEBOOKS / "open_flamingo.ipynb", tmp_path / "here"))
+    check_figures(executed(NOTEBOOKS / "open_flamingo.ipynb", tmp_path / "here", timeout=900))
     assert kernel.read_text() == "", "a command failed"
     (run,) = (tmp_path / "here").glob("runs/open_flamingo/mine")
     assert json.loads((run / "metrics.json").read_text())["train"]["steps"] == 100
