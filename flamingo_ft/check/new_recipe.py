@@ -30,8 +30,8 @@ BATCH_SIZE, NANO_BATCH_SIZE = 8, 16
 HEADROOM = 1.25  # over the longest answer and text read, for rows that were not read
 ANSWER_STEP, TEXT_STEP = 8, 64  # tokens to round up to
 NOTHING_HELD_OUT = (
-    "no samples can be held out, because all rows share their images or there is only one; name some with "
-    "--eval, or nothing will be known of the answers"
+    "there are no held-out samples, because all rows share their images or there is only one; add some with "
+    "--eval to measure accuracy"
 )
 CONTINUES_IMAGES = (
     "rows of image and caption: the model learns to continue an image, so ask it without --prompt; for "

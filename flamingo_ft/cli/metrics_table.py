@@ -32,9 +32,7 @@ _MERGE_MODELS = {
     "merged": "merged",
 }
 
-NOTHING_HELD_OUT = (
-    "no samples are held out, so nothing is known of its answers: set data.eval or data.eval_fraction"
-)
+NOT_EVALUATED = "not evaluated: the recipe has no held-out samples; set data.eval or data.eval_fraction"
 
 
 def print_metrics(metrics: Mapping[str, Any]) -> None:
@@ -49,7 +47,7 @@ def print_metrics(metrics: Mapping[str, Any]) -> None:
     if metrics.get("train"):
         typer.echo(training_line(metrics["train"]))
         if not metrics.get("eval"):
-            typer.echo(NOTHING_HELD_OUT)
+            typer.echo(NOT_EVALUATED)
 
 
 def _text_table(text: TextTable) -> Table:

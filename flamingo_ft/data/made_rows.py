@@ -23,7 +23,7 @@ from flamingo_ft.errors import UserError
 
 COLORS = ("red", "green", "blue", "yellow", "purple", "orange", "black", "white")
 QUESTION = "Which colour is this?"
-ROWS = 16  # enough that a fraction can be held out
+ROWS = 16  # enough for data.eval_fraction
 
 # What trains on rows of their own; other methods read dialogues.
 METHOD_SCHEMAS = {"dpo": "preference", "kto": "unpaired_preference"}

@@ -5,13 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from flamingo_ft.config import DataSource, Recipe
+from flamingo_ft.config import DataSource, load_recipe
 from flamingo_ft.errors import UserError
 
 
-def sources_of(recipe: Recipe) -> tuple[DataSource, ...]:
-    """Return the sources of a recipe, the held-out ones first."""
-    return (*recipe.data.eval, *recipe.data.train)
+def recorded_sources(recipe: Path) -> tuple[DataSource, ...]:
+    """Return the sources of a run's recipe, the held-out ones first.
+
+    () without a recipe, or for one that this version cannot read: answering does not depend on it.
+    """
+    if not recipe.is_file():
+        return ()
+    try:
+        data = load_recipe(recipe, require=()).data
+    except UserError:
+        return ()
+    return (*data.eval, *data.train)
 
 
 def read_like(

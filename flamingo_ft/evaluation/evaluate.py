@@ -17,7 +17,7 @@ from flamingo_ft.config.loading import parse_override
 from flamingo_ft.config.metric_names import parse_metric
 from flamingo_ft.data import OpenedData, Sample, open_data
 from flamingo_ft.data.drawing import scaled
-from flamingo_ft.data.read_like import read_like, sources_of
+from flamingo_ft.data.read_like import read_like, recorded_sources
 from flamingo_ft.data.sources.source import open_source
 from flamingo_ft.errors import UserError
 from flamingo_ft.inference.predictor import Predictor
@@ -233,7 +233,7 @@ def recipe_for_evaluation(
 
 def _data_overrides(data: Path, recipe: Path) -> list[str]:
     """Make ``data`` the only source of held-out samples, read as the recipe's own, and use all of it."""
-    known = () if recipe == _NO_RECIPE else sources_of(load_recipe(recipe, require=()))
+    known = recorded_sources(recipe)
     source = read_like(data, known, lambda one: open_source(one, DataSection(train=(one,))))
     sources = json.dumps([source.model_dump(mode="json", exclude_defaults=True)], ensure_ascii=False)
     return [f"data.eval={sources}", "data.eval_fraction=null", "eval.max_samples=null"]

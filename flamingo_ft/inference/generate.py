@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flamingo_ft.config import RECIPE_FILE, load_recipe
+from flamingo_ft.config import RECIPE_FILE
 from flamingo_ft.data.box_writer import BoxWriter
-from flamingo_ft.data.read_like import sources_of
+from flamingo_ft.data.read_like import recorded_sources
 from flamingo_ft.data.schemas.boxes import BoxUnit
 from flamingo_ft.formatting import plural
 from flamingo_ft.hub import fetch_model
@@ -51,9 +51,7 @@ def generate_file(
         options["seed"] = 0  # so that a resumed file is the same
         decoding = Decoding(**options)
     folder = fetch_model(adapter)
-    recipe = folder / RECIPE_FILE
-    known = sources_of(load_recipe(recipe, require=())) if recipe.is_file() else ()
-    rows = Rows(data, prompt, image_root, box_unit, known)
+    rows = Rows(data, prompt, image_root, box_unit, recorded_sources(folder / RECIPE_FILE))
     settings = {"model": str(adapter), "data": str(data.absolute()), "prompt": prompt,
                 "box_unit": box_unit,
                 "batch_size": batch_size or BATCH_SIZE, "quantization": quantization, "dtype": dtype,

@@ -60,7 +60,7 @@ recipe = load_recipe(write_recipe(RUNS / "quickstart.yaml", "quickstart", {}))
 # %% tags=["figure"]
 samples = read_samples(recipe.data.train[0].path)
 held_out = read_samples(recipe.data.eval[0].path)
-print(f"{len(samples):,} samples to learn from, {len(held_out):,} held out")
+print(f"{len(samples):,} training samples, {len(held_out):,} held-out samples")
 sample_grid(samples)
 
 # %% [markdown]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from flamingo_ft.config import DataSection, DataSource
-from flamingo_ft.data.read_like import read_like
+from flamingo_ft.data.read_like import read_like, recorded_sources
 from flamingo_ft.data.sources.source import open_source
 from flamingo_ft.inference.prompts_of_data import Rows
 from tests.data.fixtures import SCANS
@@ -46,3 +46,10 @@ def test_rows_to_answer_are_read_like_the_run_too(known, tmp_path):
     (row,) = Rows(alike, image_root=SCANS, known=[known])
     assert row.error is None and row.reference == "Nine."
     assert row.prompt.messages[-1]["content"][-1]["text"] == "Which?"
+
+
+def test_a_recipe_of_another_version_or_none_names_no_sources(tmp_path):
+    unreadable = tmp_path / "resolved_recipe.yaml"
+    assert recorded_sources(unreadable) == ()
+    unreadable.write_text("a_key_of_later_versions: 1\n")
+    assert recorded_sources(unreadable) == ()
