@@ -256,7 +256,8 @@ def _device_lines(devices: Mapping[str, Any], driver: str | None) -> Iterator[st
         yield f"- GPU {number}: {gpu['name']}, {_size_text(gpu)}, {kind}"
     if not devices["gpus"]:
         yield f"- GPUs: none that torch can use{' (MPS is available)' if devices['mps_available'] else ''}"
-    yield f"- CPU instructions: {devices['cpu_capability']}, {devices['threads']} threads; dtypes fp32, bf16"
+    bf16 = "fp32 and bf16" if devices["cpu_has_bf16"] else "fp32, bf16 slowly"
+    yield f"- CPU instructions: {devices['cpu_capability']}, {devices['threads']} threads; computes in {bf16}"
 
 
 def _works_text(result: Mapping[str, Any]) -> str:

@@ -24,8 +24,10 @@ def memory() -> dict[str, object]:
 
 
 def devices() -> dict[str, object]:
-    """Return torch's build and its GPUs, with memory in GiB and the dtypes that each computes in hardware."""
+    """Return torch's build, its GPUs with memory in GiB and the dtypes of their hardware, and the CPU."""
     import torch
+
+    from flamingo_ft.backbones.compat import cpu_has_bf16
 
     gpus = []
     for index in range(torch.cuda.device_count()):
@@ -47,6 +49,7 @@ def devices() -> dict[str, object]:
         "cuda_available": torch.cuda.is_available(),
         "mps_available": torch.backends.mps.is_available(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_has_bf16": cpu_has_bf16(),
         "threads": torch.get_num_threads(),
         "gpus": gpus,
     }

@@ -23,6 +23,7 @@ DEVICES = {
     "hip": None,
     "mps_available": False,
     "cpu_capability": "AVX2",
+    "cpu_has_bf16": False,
     "threads": 4,
     "gpus": [GPU],
 }
