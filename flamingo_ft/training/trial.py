@@ -1,7 +1,7 @@
 """A trial of a recipe in seconds, on a CPU and without a network: small stand-ins for what it would fetch.
 
-The nano backbones stand in for the recipe's, an untrained bridge for what it starts from, and rows made to
-the schema of its data for data on the Hub and for files that are not there yet. Everything else is the
+The nano backbones stand in for the recipe's, an untrained bridge for what it starts from, and synthetic
+rows of its schema for data on the Hub and for files that are not there yet. Everything else is the
 recipe's own, for a few small batches: settings, data files, chat format, training method, stages, metrics.
 """
 
@@ -17,14 +17,14 @@ from flamingo_ft.config.model_section import LoraPart, LoraSection, ModelSection
 from flamingo_ft.config.paths import path_exists
 from flamingo_ft.config.stages import STAGE_SECTIONS, StageSection
 from flamingo_ft.config.train_section import EvalSection, TrainSection
-from flamingo_ft.data.made_rows import write_made_rows
+from flamingo_ft.data.synthetic_rows import write_synthetic_rows
 from flamingo_ft.hub.names import NANO
 
 from .build import build_model
 
 STEPS, BATCH, SAMPLES, TOKENS = 2, 2, 4, 16  # TOKENS: of an answer
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of the nano model
-HELD_OUT = 0.25  # at least, of a source of made rows
+HELD_OUT = 0.25  # at least, of a source of synthetic rows
 # Keys that belong to the recipe's backbone.
 NOT_OF_NANO: dict[str, dict[str, Any]] = {
     "vision": {"pretrained": None, "image_size": None, "layer": -1},
@@ -102,7 +102,7 @@ class Trial:
         )
 
     def _data(self, data: DataSection, place: str, method: str) -> DataSection:
-        """Return the data, with made rows where there is none, and text that is cut to the nano context."""
+        """Return the data, with synthetic rows where there is none, and text that is cut to the nano context."""
         sources = {
             split: tuple(
                 self._source(source, f"{place}data.{split}.{index}", method if split == "train" else "sft")
@@ -121,13 +121,13 @@ class Trial:
         absent = next(_absent_paths(source), None)
         if source.hub is None and absent is None:
             return source
-        made = write_made_rows(source, self._folder / "rows" / place, method)
-        described = f"rows made to the format {made.format}"
+        synthetic = write_synthetic_rows(source, self._folder / "rows" / place, method)
+        described = f"synthetic rows of the format {synthetic.format}"
         if absent is not None:
             self.missing.append(f"{place}.{absent[0]}: {absent[1]} is not there yet; {described} were tried")
         else:
             self.stand_ins.append(f"{place}.hub {source.hub}: replaced by {described}")
-        return made
+        return synthetic
 
 
 def _absent_paths(source: DataSource) -> Iterator[tuple[str, Path]]:

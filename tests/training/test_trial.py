@@ -13,7 +13,7 @@ from flamingo_ft.config import DataSource, load_recipe
 from flamingo_ft.config.library import packaged_recipes
 from flamingo_ft.config.tables import DATASET_FORMATS
 from flamingo_ft.data import read_samples
-from flamingo_ft.data.made_rows import ROWS, write_made_rows
+from flamingo_ft.data.synthetic_rows import ROWS, write_synthetic_rows
 from flamingo_ft.data.media import open_medium
 from flamingo_ft.data.opened_data import open_data
 from flamingo_ft.data.schemas.schema import detect_schema
@@ -44,13 +44,13 @@ def here(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("schema", DATASET_FORMATS)
-def test_made_rows_are_rows_of_their_schema_with_images(schema, here):
-    made = write_made_rows(DataSource(hub="org/data", format=schema), here / "rows")
-    samples = read_samples(made)
+def test_synthetic_rows_are_rows_of_their_schema_with_images(schema, here):
+    synthetic = write_synthetic_rows(DataSource(hub="org/data", format=schema), here / "rows")
+    samples = read_samples(synthetic)
     assert len(samples) == ROWS
     assert all(open_medium(sample.images[0])[0].width > 1 for sample in samples)
-    if made.path.suffix == ".jsonl":
-        rows = [json.loads(line) for line in made.path.read_text().splitlines()]
+    if synthetic.path.suffix == ".jsonl":
+        rows = [json.loads(line) for line in synthetic.path.read_text().splitlines()]
         # A LLaVA row is a ShareGPT row too, and the first of both is recognized.
         assert {detect_schema(row, "row") for row in rows} <= {schema, "llava"}
 
@@ -64,15 +64,15 @@ def test_made_rows_are_rows_of_their_schema_with_images(schema, here):
     ],
 )
 def test_columns_keep_the_names_that_the_recipe_gives_them(source, schema, here):
-    made = write_made_rows(DataSource(hub="org/data", **source), here / "rows")
-    assert made.format == schema and made.columns == source.get("columns", {})
-    row = json.loads(made.path.read_text().splitlines()[0])
+    synthetic = write_synthetic_rows(DataSource(hub="org/data", **source), here / "rows")
+    assert synthetic.format == schema and synthetic.columns == source.get("columns", {})
+    row = json.loads(synthetic.path.read_text().splitlines()[0])
     assert {*source.get("columns", {}).values()} <= {*row}
 
 
 @pytest.mark.parametrize("method, schema", [("dpo", "preference"), ("kto", "unpaired_preference")])
-def test_the_method_decides_about_the_schema_of_made_rows(method, schema, here):
-    assert write_made_rows(DataSource(hub="org/pairs"), here / "rows", method).format == schema
+def test_the_method_decides_about_the_schema_of_synthetic_rows(method, schema, here):
+    assert write_synthetic_rows(DataSource(hub="org/pairs"), here / "rows", method).format == schema
 
 
 def test_a_recipe_whose_models_and_data_are_on_the_hub_is_tried_without_it(here, capfd):
@@ -82,7 +82,7 @@ def test_a_recipe_whose_models_and_data_are_on_the_hub_is_tried_without_it(here,
     error = capfd.readouterr().err
     assert "model.vision.name ViT-L-14: replaced by nano" in error
     assert "model.language.name org/language: replaced by nano" in error
-    assert "data.train.0.hub org/questions: replaced by rows made to the format vqa" in error
+    assert "data.train.0.hub org/questions: replaced by synthetic rows of the format vqa" in error
     assert sorted(here.iterdir()) == before
 
 
@@ -103,13 +103,13 @@ def test_files_that_are_there_are_read_and_those_that_are_not_are_named(here, ca
         },
         "train": {"output_dir": "run", "max_steps": 500},
     }
-    made = write_made_rows(DataSource(hub="org/data"), here / "mine")
-    made.path.rename(here / "mine" / "mine.jsonl")
+    synthetic = write_synthetic_rows(DataSource(hub="org/data"), here / "mine")
+    synthetic.path.rename(here / "mine" / "mine.jsonl")
     values["data"]["train"][0]["path"] = "mine/mine.jsonl"
     assert cli.main(["train", str(write_recipe(values)), "--smoke"]) == 0
     error = capfd.readouterr().err
     assert (
-        f"data.train.1.path: {here / 'later.json'} is not there yet; rows made to the format llava" in error
+        f"data.train.1.path: {here / 'later.json'} is not there yet; synthetic rows of the format llava" in error
     )
     (here / "mine" / "mine.jsonl").write_text('{"messages": "no list"}\n')
     assert cli.main(["train", str(write_recipe(values)), "--smoke"]) == 2

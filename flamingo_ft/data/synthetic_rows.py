@@ -1,4 +1,4 @@
-"""Rows made to a schema, in place of data that is not on this machine: for trial runs.
+"""Synthetic rows of a schema, in place of data that is not on this machine: for trial runs.
 
 Each row asks which colour a drawn square has, so that it has whatever its schema may have: an image, a
 question, answers. Columns have the names that the source gives them.
@@ -29,7 +29,7 @@ ROWS = 16  # enough for data.eval_fraction
 METHOD_SCHEMAS = {"dpo": "preference", "kto": "unpaired_preference"}
 
 
-def write_made_rows(source: DataSource, folder: Path, method: str = "sft") -> DataSource:
+def write_synthetic_rows(source: DataSource, folder: Path, method: str = "sft") -> DataSource:
     """Write rows and images to ``folder`` and return the source that reads them as ``source`` is read.
 
     method: `train.method`, which decides about the schema if neither ``format`` nor ``columns`` does. Raises
