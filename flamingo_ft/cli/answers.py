@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,11 +26,21 @@ def evaluate(
         Path | None,
         typer.Option(
             metavar="FILE|FOLDER",
-            help="Samples to evaluate on instead of the recipe's, as data.eval.0 (set "
-            "data.eval.0.image_root=FOLDER for their images); of a task, the folder of its published files.",
+            help="Samples to evaluate on instead of the recipe's: a file, or a folder of images as for "
+            "training; of a task, the folder of its published files.",
             exists=True,
         ),
     ] = None,
+    image_root: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="With --data: the folder of its images.", exists=True, file_okay=False
+        ),
+    ] = None,
+    box_unit: Annotated[
+        Literal["pixels", "relative"],
+        typer.Option(help="With --data: unit of its boxes, as data.eval.0.box_unit."),
+    ] = "pixels",
     metric: Annotated[
         list[str] | None,
         typer.Option(
@@ -84,7 +94,9 @@ def evaluate(
 ) -> None:
     """Evaluate an adapter or a merged model on held-out samples, or on a standard task; compare variants."""
     first, *rest = settings or [""]
+    of_data = {"--image-root": image_root, "--box-unit": box_unit != "pixels"}
     if first and "=" not in first:
+        _refuse(of_data, "not used with a task, whose files name their images; remove it")
         _evaluate_task(
             adapter, first, rest, data, metric or (), shots or (0,), seed or (0,), demonstrations, form,
             controls=controls is not False, out=out, quantization=quantization, dtype=dtype,
@@ -93,28 +105,30 @@ def evaluate(
         return
     unused = {"--shots": shots, "--seed": seed, "--demonstrations": demonstrations != "random",
               "--form": form != "chunks"}  # fmt: skip
-    for option, value in unused.items():
-        if value:
-            raise UserError(f"{option}: only used with a task, such as vqav2; name one, or remove it")
+    _refuse(unused, "only used with a task, such as vqav2; name one, or remove it")
+    if data is None:
+        _refuse(of_data, "only used with --data; add it, or remove this")
     from flamingo_ft.cli.metrics_table import print_metrics
     from flamingo_ft.cli.models_table import print_variants
     from flamingo_ft.cli.output import log
     from flamingo_ft.evaluation.evaluate import evaluate_adapter
 
-    if data is not None and data.is_dir():
-        raise UserError(
-            f"--data: {data} is a folder; name a file of samples, or a task whose files are in it"
-        )
-    file = None if data is None else str(data)
     record = evaluate_adapter(
-        adapter, file, settings or (), log, metric or (),
-        quantization=quantization, dtype=dtype, controls=bool(controls), out=out, compare=compare or (),
-        card=card,
+        adapter, data, settings or (), log, metric or (),
+        image_root=image_root, box_unit=box_unit, quantization=quantization, dtype=dtype,
+        controls=bool(controls), out=out, compare=compare or (), card=card,
     )  # fmt: skip
     if compare:
         print_variants(record["variants"])
     else:
         print_metrics(record)
+
+
+def _refuse(options: Mapping[str, Any], reason: str) -> None:
+    """Raise UserError for the first option that has a value."""
+    for option, value in options.items():
+        if value:
+            raise UserError(f"{option}: {reason}")
 
 
 def _evaluate_task(

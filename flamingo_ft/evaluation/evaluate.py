@@ -18,6 +18,7 @@ from flamingo_ft.config.metric_names import parse_metric
 from flamingo_ft.data import OpenedData, Sample, open_data
 from flamingo_ft.data.drawing import scaled
 from flamingo_ft.data.read_like import read_like, recorded_sources
+from flamingo_ft.data.schemas.boxes import BoxUnit
 from flamingo_ft.data.sources.source import open_source
 from flamingo_ft.errors import UserError
 from flamingo_ft.inference.predictor import Predictor
@@ -54,6 +55,8 @@ def evaluate_adapter(
     report: Callable[[str], None] = lambda line: None,
     metrics: Sequence[str] = (),
     *,
+    image_root: Path | None = None,
+    box_unit: BoxUnit = "pixels",
     quantization: str | None = None,
     dtype: str = "auto",
     controls: bool = False,
@@ -63,9 +66,10 @@ def evaluate_adapter(
 ) -> dict[str, Any]:
     """Score an adapter or a merged model on held-out samples, by the metrics of its recipe.
 
-    data: a file of samples; by default the held-out samples of its recipe. overrides: ``key=value`` for the
-    recipe's ``data.eval`` and ``eval`` sections; with ``data``, ``data.eval.0`` is that file. report: called
-    with a line for each skipped sample. metrics: names of more metrics, or users' functions
+    data: a file of samples, or a folder of images that training reads; by default the held-out samples of
+    its recipe. overrides: ``key=value`` for the recipe's ``data.eval`` and ``eval`` sections; with ``data``,
+    ``data.eval.0`` is that file. image_root, box_unit: where the images of ``data`` are, and the unit of its
+    boxes. report: called with a line for each skipped sample. metrics: names of more metrics, or users' functions
     (``FILE.py:function``, relative to the current directory). quantization, dtype: see
     `Predictor.from_pretrained`. controls: ask again with the images of other samples and with gray ones. out:
     folder for results.json, predictions.jsonl and results.html. compare: variants to ask the same questions,
@@ -80,7 +84,8 @@ def evaluate_adapter(
     if card:
         check_has_card(adapter)
     variants = find_variants(adapter, quantization, compare)
-    recipe = recipe_for_evaluation(adapter, variants[0].folder, data, overrides)
+    of_data = {"image_root": image_root and image_root.absolute(), "box_unit": None if box_unit == "pixels" else box_unit}
+    recipe = recipe_for_evaluation(adapter, variants[0].folder, data, overrides, of_data)
     opened = open_data(recipe.data, recipe.train.seed)
     samples = _with_boxes_written(opened.eval_samples(recipe.eval.max_samples), opened, variants)
     for reason in opened.skipped.values():
@@ -207,10 +212,15 @@ def write_results(
 
 
 def recipe_for_evaluation(
-    adapter: str | Path, folder: Path, data: str | Path | None = None, overrides: Sequence[str] = ()
+    adapter: str | Path,
+    folder: Path,
+    data: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    of_data: Mapping[str, Any] | None = None,
 ) -> Recipe:
     """Return the recipe beside an adapter with ``data`` and ``overrides`` applied.
 
+    of_data: further keys of ``data``'s entry; those that are None are left as they are.
     Converted adapters and merged models may have no recipe; they are evaluated with default settings.
     """
     for override in overrides:
@@ -219,7 +229,7 @@ def recipe_for_evaluation(
     if not file.is_file():
         file = _NO_RECIPE
         _check_model(adapter, folder, has_samples=data is not None or any(map(_sets_samples, overrides)))
-    values = [*(() if data is None else _data_overrides(Path(data), file)), *overrides]
+    values = [*(() if data is None else _data_overrides(Path(data), file, of_data or {})), *overrides]
     if any(parse_override(override).location == ("eval", "metrics") for override in overrides):
         values.append("eval.metric=loss")  # otherwise the metric that selected would be computed as well
     if load_recipe(file, values, require=()).data.eval_fraction is not None:
@@ -231,10 +241,11 @@ def recipe_for_evaluation(
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"train": sources})})
 
 
-def _data_overrides(data: Path, recipe: Path) -> list[str]:
+def _data_overrides(data: Path, recipe: Path, more: Mapping[str, Any]) -> list[str]:
     """Make ``data`` the only source of held-out samples, read as the recipe's own, and use all of it."""
     known = recorded_sources(recipe)
     source = read_like(data, known, lambda one: open_source(one, DataSection(train=(one,))))
+    source = source.model_copy(update={key: value for key, value in more.items() if value is not None})
     sources = json.dumps([source.model_dump(mode="json", exclude_defaults=True)], ensure_ascii=False)
     return [f"data.eval={sources}", "data.eval_fraction=null", "eval.max_samples=null"]
 

@@ -1,6 +1,7 @@
 """Exact match, the summary and the file of results, and the evaluation of adapters on disk."""
 
 import json
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -208,6 +209,27 @@ def test_other_samples_take_every_key_of_a_source(run, monkeypatch):
     assert sum(task["samples"] for task in samples.values()) == 2
     with pytest.raises(UserError, match="gone"):
         evaluate_adapter("run", "other.csv", ["data.eval.0.image_root=gone"])
+    by_argument = evaluate_adapter(
+        "run", "other.csv", [keys[0], keys[2], "eval.max_samples=2"], image_root=Path("photos")
+    )
+    assert by_argument["eval"]["per_task"] == samples
+
+
+def test_a_folder_of_one_folder_per_class_is_evaluated_like_the_file_of_its_rows(run):
+    folder, _, _ = run
+    rows = []
+    for index, name in enumerate(("one", "two", "two")):
+        (folder / "classes" / name).mkdir(parents=True, exist_ok=True)
+        (folder / f"{index}.png").rename(folder / "classes" / name / f"{index}.png")
+        rows.append({"image": f"classes/{name}/{index}.png", "caption": name})
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    by_folder, by_file = (
+        evaluate_adapter(folder / "run", folder / name)["eval"] for name in ("classes", "rows.jsonl")
+    )
+    assert by_folder == by_file and sum(task["samples"] for task in by_folder["per_task"].values()) == 3
+    (folder / "empty").mkdir()
+    with pytest.raises(UserError, match="empty"):
+        evaluate_adapter(folder / "run", folder / "empty")
 
 
 def test_evaluation_does_not_need_the_training_file(run):

@@ -282,7 +282,9 @@ def test_the_same_run_gives_the_same_scores(loaded, published):
          "pope: has no training rows to draw demonstrations from, got 4 shots; set shots to 0"),
         (["pope", "--data", "{root}"], "coco_pope_"),
         (["--shots", "4"], "--shots: only used with a task, such as vqav2; name one, or remove it"),
-        (["--data", "{root}"], "is a folder; name a file of samples, or a task whose files are in it"),
+        (["vqav2", "--data", "{root}", "--image-root", "{root}"],
+         "--image-root: not used with a task, whose files name their images; remove it"),
+        (["--image-root", "{root}"], "--image-root: only used with --data; add it, or remove this"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line(loaded, published, tmp_path, capsys, arguments, message):
