@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,8 +37,8 @@ def split_eval(sources: Sequence[Source], fraction: float, seed: int) -> list[tu
     """Return the numbers of the rows to train on and to evaluate on, in order, for each indexed source.
 
     About ``fraction`` of a source's rows are held out, at least one. Rows that share an image, in any source,
-    stay together; an image is identified by its path, or by its content if it is in the row itself. Which
-    rows are held out depends on the seed and on what the rows show and say, not on their order or folder.
+    stay together; files of equal content are one image. Which rows are held out depends on the seed and on
+    what the rows show and say, not on their order or folder.
     Rows that cannot be read stay in training, which reports them. Raises UserError if all rows of a source
     are connected by their images.
     """
@@ -115,16 +115,19 @@ def _split(size: int, held_out: list[int]) -> tuple[np.ndarray, np.ndarray]:
 
 def _groups(sources: Sequence[Source], seed: int) -> list[list[RowId]]:
     """Return the rows that are connected by images they share, in an order that follows from the seed."""
-    sets, rows = _DisjointSets(), {}
+    sets, rows, files = _DisjointSets(), {}, _FilesBySize()
     for number, source in enumerate(sources):
         for row in range(len(source)):
             try:
                 sample = source.sample(row, source.raw(row))
             except UserError:
                 continue
-            keys = _content_keys(sample)
+            keys = _image_keys(sample)
             sets.join(keys)
+            files.add(image_files(sample.images))
             rows[number, row] = keys[0], _rank(sample, seed)
+    for paths in files.equal():
+        sets.join([_digest(path) for path in paths])
     groups: dict[bytes, list[RowId]] = defaultdict(list)
     ranks: dict[bytes, bytes] = {}
     for row_id, (key, rank) in rows.items():
@@ -134,8 +137,8 @@ def _groups(sources: Sequence[Source], seed: int) -> list[list[RowId]]:
     return [groups[root] for root in sorted(groups, key=ranks.__getitem__)]
 
 
-def _content_keys(sample: Sample) -> list[bytes]:
-    """Return the digests of a sample's images, or of its text if it has none."""
+def _image_keys(sample: Sample) -> list[bytes]:
+    """Return digests of a sample's images: paths, or contents of those in the row; of its text without any."""
     return [_digest(image) for image in image_files(sample.images)] or [_digest(str(sample.messages))]
 
 
@@ -148,6 +151,31 @@ def _rank(sample: Sample, seed: int) -> bytes:
 def _digest(content: str | bytes) -> bytes:
     content = content if isinstance(content, bytes) else content.encode()
     return hashlib.blake2b(content, digest_size=16).digest()
+
+
+class _FilesBySize:
+    """Image files by their size, so that only files of equal size are read to find equal ones.
+
+    Images in the rows themselves are not kept.
+    """
+
+    def __init__(self) -> None:
+        self._files: dict[int, set[str]] = defaultdict(set)
+
+    def add(self, images: Iterable[Image]) -> None:
+        for image in images:
+            if isinstance(image, str):
+                self._files[_size(image)].add(image)
+
+    def equal(self) -> Iterator[list[str]]:
+        """Yield each set of two or more files with the same content."""
+        self._files.pop(MISSING, None)
+        for files in self._files.values():
+            by_content: dict[bytes | None, list[str]] = defaultdict(list)
+            for file in files if len(files) > 1 else ():
+                by_content[_content_digest(file)].append(file)
+            by_content.pop(None, None)
+            yield from (copies for copies in by_content.values() if len(copies) > 1)
 
 
 class _DisjointSets:

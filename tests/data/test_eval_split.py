@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from flamingo_ft.data import eval_split
 from flamingo_ft.data.eval_split import find_overlap, split_eval
+from flamingo_ft.data.media import read_bytes
 from flamingo_ft.data.sample import Sample, Video
 from flamingo_ft.errors import UserError
 from tests.data.fakes import Numbers
@@ -55,6 +56,16 @@ def test_an_eval_image_of_one_source_is_not_trained_on_in_another(first, second,
         for side, rows in zip(sides, split, strict=True):
             side |= {image for row in rows for image in images[row]}
     assert not sides[0] & sides[1]
+
+
+def test_copies_of_an_image_file_stay_on_one_side(tmp_path):
+    drawings = {f"{number}": f"picture {number}".encode() for number in range(10, 30)}
+    copies = {f"copy of {name}": content for name, content in drawings.items()}
+    images = [sample.images for sample in samples(tmp_path, {**drawings, **copies})]
+    for seed in range(5):
+        ((train, evaluated),) = split_eval([ImageRows(images)], 0.2, seed)
+        contents = [[read_bytes(images[row][0]) for row in side] for side in (train, evaluated)]
+        assert len(evaluated) == 8 and not {*contents[0]} & {*contents[1]}
 
 
 def test_a_large_group_is_not_held_out_if_smaller_groups_suffice():
