@@ -65,7 +65,12 @@ def train(
             _run(path, settings, overwrite, resume)
         return
     settings = load_recipe(path, overrides or ())
-    formats = _run(path, settings, overwrite, resume)
+    from flamingo_ft.hub.errors import HubUnreachableError
+
+    try:
+        formats = _run(path, settings, overwrite, resume)
+    except HubUnreachableError as error:
+        raise UserError(f"{error}; to try the recipe without one, add --smoke") from error
     if is_main_process():
         folder = settings.train.output_dir
         prompt = "" if formats and formats <= DOCUMENTS else " --prompt TEXT"

@@ -50,9 +50,14 @@ LONGEST_WAIT = 60.0  # seconds, where the Hub asks for a wait of its own
 T = TypeVar("T")
 
 
+class HubUnreachableError(UserError):
+    """There was no connection to the Hub at all."""
+
+
 def hub_error(name: str, error: Exception, writes: bool = False) -> UserError:
     """Return the error of a command that tried to read ``name`` from the Hub, or to write it there."""
-    return UserError(f"{name}: {error_reason(error, writes)}")
+    kind = HubUnreachableError if is_unreachable(error) else UserError
+    return kind(f"{name}: {error_reason(error, writes)}")
 
 
 def error_reason(error: Exception, writes: bool = False) -> str:

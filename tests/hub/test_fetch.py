@@ -8,6 +8,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
+from flamingo_ft.cli import main
 from flamingo_ft.errors import UserError
 from flamingo_ft.hub import HubName, fetch_model, hub_name, pinned_name
 from flamingo_ft.hub.errors import ATTEMPTS
@@ -233,6 +234,14 @@ def test_transient_errors_are_retried_and_others_reported(hub, request_, status,
 def test_an_unreachable_hub_is_reported(hub, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     assert "the Hub cannot be reached (" in refusal(REPO)
+
+
+def test_training_without_the_hub_says_how_to_try_the_recipe(hub, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    options = [f"model.init_from={REPO}", f"train.output_dir={tmp_path / 'run'}"]
+    assert main(["train", "lora_only", *options]) == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert REPO in error and error.endswith("check the network; to try the recipe without one, add --smoke")
 
 
 def test_an_interrupted_download_resumes(hub):
