@@ -46,6 +46,8 @@ def print_findings(record: Mapping[str, Any], as_json: bool, folder: Path) -> No
     kind = "error" if record["on_bad_sample"] == "error" else "skipped"
     for line in problem_lines(record):
         print(f"{kind}: {line}", file=sys.stderr)
+    if any(problem["row"] is not None for problem in record["first_problems"]):
+        print("rows are numbered from 0, blank lines and the header of a table left out", file=sys.stderr)
     for line in record["warnings"]:
         print(f"warning: {line}", file=sys.stderr)
     if as_json:

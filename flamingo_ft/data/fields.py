@@ -31,7 +31,7 @@ def type_name(value: Any) -> str:
     """Return the type of a value as error messages call it, mostly in JSON's terms."""
     if isinstance(value, float) and math.isnan(value):
         return "NaN (an empty cell)"
-    return "null" if value is None else _TYPE_NAMES.get(type(value), type(value).__name__)
+    return "null (no value)" if value is None else _TYPE_NAMES.get(type(value), type(value).__name__)
 
 
 def has_value(row: Row, name: str) -> bool:

@@ -84,7 +84,10 @@ def evaluate_adapter(
     if card:
         check_has_card(adapter)
     variants = find_variants(adapter, quantization, compare)
-    of_data = {"image_root": image_root and image_root.absolute(), "box_unit": None if box_unit == "pixels" else box_unit}
+    of_data = {
+        "image_root": image_root and image_root.absolute(),
+        "box_unit": None if box_unit == "pixels" else box_unit,
+    }
     recipe = recipe_for_evaluation(adapter, variants[0].folder, data, overrides, of_data)
     opened = open_data(recipe.data, recipe.train.seed)
     samples = _with_boxes_written(opened.eval_samples(recipe.eval.max_samples), opened, variants)

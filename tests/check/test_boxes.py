@@ -24,8 +24,8 @@ def no_histograms(monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path):
-    for name in "abc":
-        Image.new("RGB", (200, 100)).save(tmp_path / f"{name}.png")
+    for name, color in {"a": "black", "b": "white"}.items():
+        Image.new("RGB", (200, 100), color).save(tmp_path / f"{name}.png")
     (tmp_path / "c.png").write_bytes(b"damaged")
     return tmp_path
 

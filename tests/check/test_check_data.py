@@ -347,12 +347,13 @@ def test_the_exit_code_is_0_for_good_data_and_2_for_bad_data_with_all_problems(h
     write_rows(here / "x.jsonl", [asked("?", "A"), *[asked("?", "")] * 25])
     assert cli.main(["check", "mine.yaml", "--out", "out"]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert lines[-3] == (
+    assert lines[-4] == (
         f"error: {here}/x.jsonl: rows 1, 2, 3 and 17 more: messages[1].content: "
         "empty; write text or an image, or remove the turn"
     )
-    assert lines[-2:] == [
+    assert lines[-3:] == [
         "error: and 5 more problems",
+        "rows are numbered from 0, blank lines and the header of a table left out",
         "error: got 25 bad rows; fix or remove them, or set data.on_bad_sample to skip",
     ]
     page = Path("out/check.html").read_text()

@@ -127,7 +127,7 @@ BAD_ROWS = {
     "image URL without URL": (
         "messages",
         text_or_messages(("user", [{"type": "image_url", "image_url": {}}]), ("assistant", "A")),
-        "messages[0].content[0].image_url: expected the path of an image, got null",
+        "messages[0].content[0].image_url: expected the path of an image, got null (no value)",
     ),
     "half a data URI": (
         "messages",
@@ -196,7 +196,11 @@ BAD_ROWS = {
         {"conversations": HUMAN[::-1]},
         "conversations: the assistant speaks first; add the user message that it answers",
     ),
-    "conversations null": ("llava", {"conversations": None}, "conversations: expected a list, got null"),
+    "conversations null": (
+        "llava",
+        {"conversations": None},
+        "conversations: expected a list, got null (no value)",
+    ),
     "no conversation": (
         "llava",
         {"conversations": []},
@@ -220,7 +224,7 @@ BAD_ROWS = {
     "instruction null": (
         "alpaca",
         {"instruction": None, "output": "A"},
-        "instruction: expected text, got null",
+        "instruction: expected text, got null (no value)",
     ),
     "output empty": ("alpaca", {"instruction": "Q", "output": ""}, f"output: {EMPTY}"),
     "no output": ("alpaca", {"instruction": "Q"}, "output: missing; expected text"),
@@ -232,7 +236,7 @@ BAD_ROWS = {
     "completion null": (
         "prompt_completion",
         {"prompt": "Q", "completion": None},
-        "completion: expected text, got null",
+        "completion: expected text, got null (no value)",
     ),
     "completion of a user": (
         "prompt_completion",
@@ -242,7 +246,7 @@ BAD_ROWS = {
     "question NaN": ("vqa", vqa(question=math.nan), "question: expected text, got NaN (an empty cell)"),
     "question a list": ("vqa", vqa(question=["Q"]), "question: expected text, got a list"),
     "answer true": ("vqa", vqa(answer=True), "answer: expected text, got true or false"),
-    "answer null": ("vqa", vqa(answer=None), "answer: expected text, got null"),
+    "answer null": ("vqa", vqa(answer=None), "answer: expected text, got null (no value)"),
     "no answers": (
         "vqa",
         {"question": "Q", "answers": []},
@@ -251,7 +255,7 @@ BAD_ROWS = {
     "an answer null": (
         "vqa",
         {"question": "Q", "answers": ["A", None]},
-        "answers[1]: expected text, got null",
+        "answers[1]: expected text, got null (no value)",
     ),
     "an answer object without answer": (
         "vqa",
@@ -279,7 +283,7 @@ BAD_ROWS = {
         {"image": "a.png", "captions": []},
         "captions: expected at least one caption, got an empty list",
     ),
-    "text of no text": ("mmc4", {"text_list": [None]}, "text_list[0]: expected text, got null"),
+    "text of no text": ("mmc4", {"text_list": [None]}, "text_list[0]: expected text, got null (no value)"),
     "no text": ("mmc4", {"text_list": []}, "the document has no text; remove the row"),
     "match beyond": (
         "mmc4",
@@ -289,7 +293,7 @@ BAD_ROWS = {
     "no match": (
         "mmc4",
         {"text_list": ["A."], "image_info": [{"image_name": "a.png"}]},
-        "image_info[0].matched_text_index: expected the index of one of 1 texts, from 0, got null",
+        "image_info[0].matched_text_index: expected the index of one of 1 texts, from 0, got null (no value)",
     ),
     "no picture": (
         "mmc4",
@@ -425,7 +429,11 @@ BAD_FILES = {
         "question,answer\nQ,A\nQ,A,A\n",
         f"row 1: expected 2 cells (question, answer), got 3; {SEPARATED}",
     ),
-    "empty cell": ("x.csv", "question,answer\nQ,A\nQ,\n", "row 1: answer: expected text, got null"),
+    "empty cell": (
+        "x.csv",
+        "question,answer\nQ,A\nQ,\n",
+        "row 1: answer: expected text, got null (no value)",
+    ),
     "nan": (
         "x.csv",
         "question,answer\nQ,A\nnan,A\n",
@@ -571,7 +579,7 @@ BAD_ENTRIES = {
     ),
     "null in Parquet": (
         lambda f: _parquet(f, {"question": ["Q", None], "answer": ["A", "A"]}),
-        "FOLDER/x.parquet: row 1: question: expected text, got null",
+        "FOLDER/x.parquet: row 1: question: expected text, got null (no value)",
     ),
     "unknown columns": (
         lambda f: write(f, "x.csv", "a,b\n1,2\n"),

@@ -49,10 +49,10 @@ def with_content(content, role="user"):
 
 MALFORMED = {
     "a row of text": ("hello", ": expected an object with messages and images, got text"),
-    "a row of null": (None, ": expected an object with messages and images, got null"),
+    "a row of null": (None, ": expected an object with messages and images, got null (no value)"),
     "a row of rows": ([{}], ": expected an object with messages and images, got a list"),
     "no messages": ({"images": []}, ": messages: missing; expected a list"),
-    "messages null": ({"messages": None}, ": messages: expected a list, got null"),
+    "messages null": ({"messages": None}, ": messages: expected a list, got null (no value)"),
     "messages text": ({"messages": "hi"}, ": messages: expected a list, got text"),
     "messages an object": ({"messages": QUESTION}, ": messages: expected a list, got an object"),
     "messages empty": ({"messages": []}, ": messages: no assistant message; add an answer to train on"),
@@ -70,7 +70,7 @@ MALFORMED = {
     ),
     "a message of null": (
         {"messages": [QUESTION, None]},
-        ": messages[1]: expected an object with role and content, got null",
+        ": messages[1]: expected an object with role and content, got null (no value)",
     ),
     "no role": (
         {"messages": [QUESTION, {"content": "x"}]},
@@ -90,7 +90,7 @@ MALFORMED = {
     ),
     "content null": (
         with_content(None),
-        ": messages[0].content: expected text or a list of typed blocks, got null",
+        ": messages[0].content: expected text or a list of typed blocks, got null (no value)",
     ),
     "content a number": (
         with_content(3),
@@ -114,7 +114,7 @@ MALFORMED = {
     ),
     "a block of null": (
         with_content([IMAGE, None]),
-        ": messages[0].content[1]: expected a block of type text, image or video, got null",
+        ": messages[0].content[1]: expected a block of type text, image or video, got null (no value)",
     ),
     "a block of another type": (
         with_content([{"type": "audio"}]),
@@ -130,7 +130,7 @@ MALFORMED = {
     ),
     "a text block of null": (
         with_content([{"type": "text", "text": None}]),
-        ": messages[0].content[0]: text: expected text, got null",
+        ": messages[0].content[0]: text: expected text, got null (no value)",
     ),
     "images text": ({"messages": TURNS, "images": "a.png"}, ": images: expected a list, got text"),
     "images an object": (
@@ -147,7 +147,7 @@ MALFORMED = {
     ),
     "an image of null": (
         {"messages": TURNS, "images": ["a.png", None]},
-        ": images[1]: expected the path of an image, got null",
+        ": images[1]: expected the path of an image, got null (no value)",
     ),
     "an image of bytes": (
         {"messages": TURNS, "images": [{"content": ""}]},

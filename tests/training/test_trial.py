@@ -109,7 +109,8 @@ def test_files_that_are_there_are_read_and_those_that_are_not_are_named(here, ca
     assert cli.main(["train", str(write_recipe(values)), "--smoke"]) == 0
     error = capfd.readouterr().err
     assert (
-        f"data.train.1.path: {here / 'later.json'} is not there yet; synthetic rows of the format llava" in error
+        f"data.train.1.path: {here / 'later.json'} is not there yet; synthetic rows of the format llava"
+        in error
     )
     (here / "mine" / "mine.jsonl").write_text('{"messages": "no list"}\n')
     assert cli.main(["train", str(write_recipe(values)), "--smoke"]) == 2

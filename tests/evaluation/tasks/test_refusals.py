@@ -114,7 +114,7 @@ SPOILED = {
         "questions1.2/testdev_balanced_questions.json",
         ["201307251", "types"],
         None,
-        "row '201307251': types: expected an object, got null",
+        "row '201307251': types: expected an object, got null (no value)",
     ),
     "scienceqa": (
         "data/scienceqa/problems.json",
