@@ -138,7 +138,7 @@ def _groups(sources: Sequence[Source], seed: int) -> list[list[RowId]]:
 
 
 def _image_keys(sample: Sample) -> list[bytes]:
-    """Return digests of a sample's images: paths, or contents of those in the row; of its text without any."""
+    """Return digests of a sample's images (of paths, or contents of those in the row), else of its text."""
     return [_digest(image) for image in image_files(sample.images)] or [_digest(str(sample.messages))]
 
 

@@ -69,8 +69,8 @@ def evaluate_adapter(
     data: a file of samples, or a folder of images that training reads; by default the held-out samples of
     its recipe. overrides: ``key=value`` for the recipe's ``data.eval`` and ``eval`` sections; with ``data``,
     ``data.eval.0`` is that file. image_root, box_unit: where the images of ``data`` are, and the unit of its
-    boxes. report: called with a line for each skipped sample. metrics: names of more metrics, or users' functions
-    (``FILE.py:function``, relative to the current directory). quantization, dtype: see
+    boxes. report: called with a line for each skipped sample. metrics: names of more metrics, or users'
+    functions (``FILE.py:function``, relative to the current directory). quantization, dtype: see
     `Predictor.from_pretrained`. controls: ask again with the images of other samples and with gray ones. out:
     folder for results.json, predictions.jsonl and results.html. compare: variants to ask the same questions,
     see `find_variants`. card: write the scores of the variants into the card (README.md) of the adapter.

@@ -102,7 +102,7 @@ class Trial:
         )
 
     def _data(self, data: DataSection, place: str, method: str) -> DataSection:
-        """Return the data, with synthetic rows where there is none, and text that is cut to the nano context."""
+        """Return the data, with synthetic rows where there is none, and text cut to the nano context."""
         sources = {
             split: tuple(
                 self._source(source, f"{place}data.{split}.{index}", method if split == "train" else "sft")

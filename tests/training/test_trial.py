@@ -13,10 +13,10 @@ from flamingo_ft.config import DataSource, load_recipe
 from flamingo_ft.config.library import packaged_recipes
 from flamingo_ft.config.tables import DATASET_FORMATS
 from flamingo_ft.data import read_samples
-from flamingo_ft.data.synthetic_rows import ROWS, write_synthetic_rows
 from flamingo_ft.data.media import open_medium
 from flamingo_ft.data.opened_data import open_data
 from flamingo_ft.data.schemas.schema import detect_schema
+from flamingo_ft.data.synthetic_rows import ROWS, write_synthetic_rows
 from flamingo_ft.training.trial import Trial
 
 FAST = ("siglip2_qwen3",)  # the others are tried with the slow tests
