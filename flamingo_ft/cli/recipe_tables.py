@@ -34,7 +34,7 @@ _CLASSIFIERS = {
 _REPEATS = {
     "copies": "training samples that equal an earlier one",
     "leaked": "held-out samples that equal one that is trained on",
-    "leaked_images": "held-out samples that show an image that is trained on",
+    "leaked_images": "held-out samples that show an image that is trained on (equal pixels in any file)",
 }
 
 

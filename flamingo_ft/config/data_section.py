@@ -23,6 +23,9 @@ class DataSource(Section):
     """Dataset on the Hugging Face Hub, as org/name. Set either path or hub."""
     config: str | None = None
     """Configuration (subset) of the Hub dataset. null: its default."""
+    data_files: str | None = None
+    """The files of the Hub dataset to read, as a name in it or a pattern (`data/train-*.parquet`). null: all of
+    its split. Needed where a repository has files with different columns, as LLaVA-Instruct-150K."""
     split: str = "train"
     """Split of the Hub dataset, or of a dataset folder, to read."""
     revision: str | None = None

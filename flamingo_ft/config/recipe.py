@@ -224,7 +224,7 @@ def _check_source(location: Location, source: DataSource) -> Errors:
             ("neither path nor hub", "") if is_missing else ("both path and hub", ", the other to null")
         )
         yield location, f"got {got}; set one of them{other}"
-    for key in ("config", "revision"):
+    for key in ("config", "data_files", "revision"):
         if source.hub is None and getattr(source, key) is not None:
             yield (*location, key), "only applies to hub, a dataset on the Hugging Face Hub; remove it"
 

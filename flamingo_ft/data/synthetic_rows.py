@@ -40,7 +40,7 @@ def write_synthetic_rows(source: DataSource, folder: Path, method: str = "sft") 
     write = _write_mimicit if schema == "mimicit" else _write_jsonl
     options = {key: value for key, value in source.columns.items() if key != IMAGES_FILE}
     path = write(schema, options, folder)
-    here = {"path": path, "hub": None, "config": None, "revision": None, "split": "train"}
+    here = {"path": path, "hub": None, "config": None, "data_files": None, "revision": None, "split": "train"}
     return source.model_copy(
         update={**here, "format": schema, "columns": options, "image_root": None, "limit": None}
     )

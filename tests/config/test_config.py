@@ -495,6 +495,9 @@ INCOMPATIBLE = {
     ("data.train.0.config=small",): (
         "data.train.0.config: only applies to hub, a dataset on the Hugging Face Hub; remove it"
     ),
+    ("data.train.0.data_files=a.json",): (
+        "data.train.0.data_files: only applies to hub, a dataset on the Hugging Face Hub; remove it"
+    ),
     ("data.train.0.revision=main",): (
         "data.train.0.revision: only applies to hub, a dataset on the Hugging Face Hub; remove it"
     ),

@@ -189,9 +189,15 @@ def test_a_download_that_keeps_failing_is_one_line_and_is_continued_by_the_next_
     flamingo_ft_runs(*command)
 
 
-def test_lists_of_other_columns_are_refused_with_a_remedy(hub, capfd):
+def test_one_of_several_lists_is_read_from_the_hub(hub, capfd):
     """LLaVA-Instruct-150K as a dataset: its largest file has a column more than the others."""
-    data = [f"data={{train: [{{hub: {LLAVA}, image_root: .}}]}}"]
+    datasets_on_the_hub.write_coco(Path("train2017"))
+    data = [f"data={{train: [{{hub: {LLAVA}, image_root: train2017}}]}}"]
     assert cli.main(["check", CONVERSATIONS.recipe, *data]) == 2
     error = capfd.readouterr().err.splitlines()[-1]
-    assert f"{LLAVA}[train]: cannot be read as one, its files have different columns; download" in error
+    assert f"{LLAVA}[train]: cannot be read as one, its files have different columns; set data_files" in error
+    name, folder = "llava_instruct_80k.json", "image_root: train2017"
+    data = [f"data={{train: [{{hub: {LLAVA}, data_files: {name}, {folder}}}]}}"]
+    flamingo_ft_runs("check", CONVERSATIONS.recipe, *data, "--out", "checked")
+    (part,) = json.loads(Path("checked/check.json").read_text())["parts"]
+    assert part["name"] == f"{LLAVA}[{name}]" and part["samples"] == 8

@@ -99,11 +99,20 @@ def load_folder(path: Path, split: str, streaming: bool) -> DatasetsRows:
 
 
 def load_hub(
-    name: str, config: str | None, split: str, revision: str | None, streaming: bool
+    name: str,
+    *,
+    config: str | None,
+    data_files: str | None,
+    split: str,
+    revision: str | None,
+    streaming: bool,
 ) -> DatasetsRows:
-    """Open a dataset on the Hub."""
-    where = f"{name}[{split}]"
-    return _load(where, name, name=config, split=split, revision=revision, streaming=streaming)
+    """Open a dataset on the Hub. data_files: those of the split, by default all that are named like it."""
+    where = f"{name}[{data_files or split}]"
+    files = None if data_files is None else {split: data_files}
+    return _load(
+        where, name, name=config, data_files=files, split=split, revision=revision, streaming=streaming
+    )
 
 
 @contextmanager
@@ -117,7 +126,7 @@ def dataset_errors(where: str) -> Generator[None]:
     except UserError:
         raise
     except DatasetGenerationCastError:  # LLaVA-Instruct-150K is one: several lists of conversations
-        remedy = "download the file that you need, and set path to it"
+        remedy = "set data_files to the one that you need"
         raise UserError(
             f"{where}: cannot be read as one, its files have different columns; {remedy}"
         ) from None

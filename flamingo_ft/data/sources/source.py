@@ -212,7 +212,7 @@ def read_samples(
 
 def source_name(entry: DataSource) -> str:
     """Return what error messages call a source."""
-    return str(entry.path) if entry.path is not None else f"{entry.hub}[{entry.split}]"
+    return str(entry.path) if entry.path is not None else f"{entry.hub}[{entry.data_files or entry.split}]"
 
 
 def open_row_files(entry: DataSource) -> list[RowFile]:
@@ -220,7 +220,8 @@ def open_row_files(entry: DataSource) -> list[RowFile]:
     if entry.path is None:
         assert entry.hub is not None  # the recipe is checked for having one of the two
         load_hub = _datasets_rows().load_hub
-        return [load_hub(entry.hub, entry.config, entry.split, entry.revision, entry.streaming)]
+        keys = ("config", "data_files", "split", "revision", "streaming")
+        return [load_hub(entry.hub, **{key: getattr(entry, key) for key in keys})]
     path = resolve_unicode(entry.path)
     if path.is_dir():
         return [_open_folder(path, entry)]
