@@ -24,8 +24,8 @@ class DataSource(Section):
     config: str | None = None
     """Configuration (subset) of the Hub dataset. null: its default."""
     data_files: str | None = None
-    """The files of the Hub dataset to read, as a name in it or a pattern (`data/train-*.parquet`). null: all of
-    its split. Needed where a repository has files with different columns, as LLaVA-Instruct-150K."""
+    """The files of the Hub dataset to read: a name in it, or a pattern (`data/train-*.parquet`). Needed where
+    a repository has files with different columns, as LLaVA-Instruct-150K. null: all files of the split."""
     split: str = "train"
     """Split of the Hub dataset, or of a dataset folder, to read."""
     revision: str | None = None
