@@ -77,14 +77,15 @@ def _evaluation_table(scores: ScoreTable) -> Table:
     headers = [_COLUMNS[column] for column in scores.columns]
     if BEFORE not in scores.columns and SHUFFLED not in scores.columns:
         headers = [metric.label if header == "after" else header for header in headers]
-    table = Table(title=f"{metric.label} on held-out samples", title_justify="left")
+    table = Table(title=f"{metric.label} on {scores.subject}", title_justify="left")
     table.add_column("task")
-    for header in ["samples", *headers]:
+    for header in ["questions", *headers]:
         table.add_column(header, justify="right")
-    for name, row in scores.tasks.items():
+    for name, row in scores.shown_tasks.items():
         table.add_row(name, f"{row.samples:,}", *map(metric.text, row.values))
     table.add_section()
-    table.add_row("all", f"{scores.overall.samples:,}", *map(metric.text, scores.overall.values))
+    overall = scores.overall
+    table.add_row(scores.overall_name, f"{overall.samples:,}", *map(metric.text, overall.values))
     return table
 
 

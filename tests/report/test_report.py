@@ -77,7 +77,7 @@ def test_the_page_of_a_finished_run_shows_its_accuracies_and_does_not_reload(fol
     assert REFRESH not in page
     for shown in ("finished after 8 steps", "12,345", "1 min 15 s"):
         assert shown in words(page)
-    assert "all 4 25.0 % 75.0 % 50.0 %" in words(page)
+    assert "shade 4 25.0 % 75.0 % 50.0 %" in words(page) and "all 4" not in words(page)
     assert "flamingo-ft generate" in page and "--resume" not in page
 
 
