@@ -127,9 +127,9 @@ def print_sources(data: OpenedData) -> None:
         for weighted in sources:
             source = weighted.source
             rows = f"{weighted.size:,} rows" if source.indexed else "streamed"
-            typer.echo(f"{source.name} ({split}): {rows} of schema {source.format}", err=True)
+            typer.echo(f"{source.name} ({split}): {rows} of format {source.format}", err=True)
             if source.unread:
                 unread = ", ".join(source.unread)
                 typer.echo(
-                    f"{source.name}: columns of text that the schema does not read: {unread}", err=True
+                    f"{source.name}: columns of text that the format does not read: {unread}", err=True
                 )

@@ -44,6 +44,11 @@ COLUMN_HEADERS = {
 Answers = Mapping[str, Sequence[Prediction]]  # by condition
 
 
+def label_of_condition(condition: str) -> str:
+    """Return a condition in words: ``with another image``; a task has further ones."""
+    return COLUMN_HEADERS.get(condition, f"with {condition.replace('_', ' ')}")
+
+
 def overall_key(metric: Metric, column: str) -> str:
     """Return the key of a score over all tasks: ``accuracy``, ``accuracy_before``, ..."""
     return metric.name if column == AFTER else f"{metric.name}_{column}"

@@ -13,10 +13,10 @@ from flamingo_ft.config import DataSource, load_recipe
 from flamingo_ft.config.library import packaged_recipes
 from flamingo_ft.config.tables import DATASET_FORMATS
 from flamingo_ft.data import read_samples
-from flamingo_ft.data.synthetic_rows import ROWS, write_synthetic_rows
 from flamingo_ft.data.media import open_medium
 from flamingo_ft.data.opened_data import open_data
 from flamingo_ft.data.schemas.schema import detect_schema
+from flamingo_ft.data.synthetic_rows import ROWS, write_synthetic_rows
 from flamingo_ft.training.trial import Trial
 
 FAST = ("siglip2_qwen3",)  # the others are tried with the slow tests
@@ -109,7 +109,8 @@ def test_files_that_are_there_are_read_and_those_that_are_not_are_named(here, ca
     assert cli.main(["train", str(write_recipe(values)), "--smoke"]) == 0
     error = capfd.readouterr().err
     assert (
-        f"data.train.1.path: {here / 'later.json'} is not there yet; synthetic rows of the format llava" in error
+        f"data.train.1.path: {here / 'later.json'} is not there yet; synthetic rows of the format llava"
+        in error
     )
     (here / "mine" / "mine.jsonl").write_text('{"messages": "no list"}\n')
     assert cli.main(["train", str(write_recipe(values)), "--smoke"]) == 2
