@@ -30,9 +30,11 @@ from flamingo_ft.inference.predictor import Predictor
 from flamingo_ft.inference.prompts import Prompt
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 
+from .bootstrap import bootstrap_interval
 from .image_loss_gap import ratio_standard_error
 from .metrics import MERGE_METRIC, Metric, user_metrics_record
 from .questions import Question, questions_of
+from .scores import interval_record
 from .select_metrics import select_metrics
 
 HELD_OUT = "held-out samples of the run"
@@ -175,6 +177,11 @@ class Measurement:
         """Return the value of a metric; None without questions, or where it is not defined."""
         return metric.value(self.statistics[metric.name])
 
+    def interval(self, metric: Metric) -> dict[str, float | None] | None:
+        """Return the value of a metric with its 95 % bootstrap interval, for JSON; None without questions."""
+        statistics = self.statistics[metric.name]
+        return interval_record(bootstrap_interval(statistics, metric.aggregate)) if len(statistics) else None
+
 
 @torch.no_grad()
 def measure(
@@ -242,6 +249,7 @@ def compare(
             margin = None
         record |= {
             name: {model: measurement.value(metric) for model, measurement in models.items()},
+            f"{name}_interval": {model: measured.interval(metric) for model, measured in models.items()},
             f"{name}_drop": drop,
             f"{name}_drop_standard_error": error,
             f"{name}_margin": margin,

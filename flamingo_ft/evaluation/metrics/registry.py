@@ -29,6 +29,7 @@ KEY_SUFFIXES = (
     "_shuffled_images",
     "_blank_images",
     "_majority",
+    "_interval",
     "_drop",
     "_drop_standard_error",
     "_margin",
