@@ -90,7 +90,7 @@ def _evaluation_table(scores: ScoreTable) -> Table:
 
 
 def evaluation_lines(evaluation: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the lines below the tables: scores by class, what a score leaves open, and the verdict."""
+    """Yield the lines below the tables: scores by class, what a score leaves open, verdict, and advice."""
     metrics = metrics_in(evaluation)
     for name, task in evaluation["per_task"].items():
         classes = task.get("classes") or {}
@@ -108,6 +108,8 @@ def evaluation_lines(evaluation: Mapping[str, Any]) -> Iterator[str]:
         )
     if evaluation.get("verdict"):
         yield f"verdict: {evaluation['verdict']}"
+    for line in evaluation.get("advice", ()):
+        yield f"next: {line}"
 
 
 def _class_text(scores: Mapping[str, Any], metrics: Sequence[Metric]) -> str:

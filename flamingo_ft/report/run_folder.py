@@ -137,6 +137,8 @@ class RunFolder:
                 "ask": f"flamingo-ft generate {folder} --image FILE --prompt TEXT",
                 "evaluate": f"flamingo-ft eval {folder} --data FILE",
             }
+            if self.evaluation.get("advice") and self.probe is None:
+                commands["probe the tower"] = f"flamingo-ft check {folder}/{RECIPE_FILE} --probe"
         else:
             commands = {"resume": f"flamingo-ft train {folder}/{RECIPE_FILE} --resume"}
         if "tensorboard" in self.recipe.train.report_to:

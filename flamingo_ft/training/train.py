@@ -19,6 +19,7 @@ from flamingo_ft.data import OpenedData, Sample, open_data
 from flamingo_ft.data.examples import total_metrics
 from flamingo_ft.data.opened_data import check_method, samples_per_epoch, with_max_steps
 from flamingo_ft.errors import OutOfMemory, ReportedElsewhere, StoppedBySignal, UserError
+from flamingo_ft.evaluation.advice import add_advice
 from flamingo_ft.evaluation.probe import load_probe
 from flamingo_ft.evaluation.probe_verdict import add_to_verdict
 from flamingo_ft.evaluation.questions import questions_of, with_other_images
@@ -214,7 +215,9 @@ def _run(
             _add_losses(evaluator.results, trainer, recipe, eval_batches)
         progress.refresh()  # otherwise notebooks show the last bar unfinished
     metrics = {"eval": evaluator.results.summary()} if eval_samples else {}
-    add_to_verdict(metrics, evaluator.results, load_probe(output_dir, recipe))
+    probe = load_probe(output_dir, recipe)
+    add_to_verdict(metrics, evaluator.results, probe)
+    add_advice(metrics, recipe, evaluator.results, trainer.state.log_history, probe)
     metrics["train"] = train_metrics
     if processes.is_main():
         evaluator.results.save(output_dir)
