@@ -27,7 +27,6 @@ from flamingo_ft.data.encode import IGNORED, TooLong, encode_prompt
 from flamingo_ft.data.sample import UNNAMED_TASK, text_message
 from flamingo_ft.errors import UserError
 from flamingo_ft.inference.predictor import Predictor
-from flamingo_ft.inference.prompts import Prompt
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 
 from .bootstrap import bootstrap_interval
@@ -130,10 +129,10 @@ def made_up_eval_set(model: FlamingoForConditionalGeneration, processor: Flaming
     generator = np.random.default_rng(0)
     content = [{"type": "image"}, {"type": "text", "text": "What is in this picture, and where?"}]
     prompts = [
-        Prompt([{"role": "user", "content": content}], [_noise(generator)], "made up")
+        Question([{"role": "user", "content": content}], [_noise(generator)], "made up")
         for _ in range(NOISE_IMAGES)
     ]
-    prompts.append(Prompt([text_message("user", "Name three colours.")], [], "made up"))
+    prompts.append(Question([text_message("user", "Name three colours.")], [], "made up"))
     answers = Predictor(model, processor).answer(prompts, max_new_tokens=MADE_UP_TOKENS)
     samples = [
         Sample(

@@ -53,6 +53,7 @@ from .preflight import evaluation_warnings, memory_notice
 from .resume import StartPoint, find_start_point, pin_init_from
 from .stage_results import LEFT_OUT_FILE
 from .stages import train_stages
+from .trained_on import trained_on
 from .trainer import FlamingoTrainerMixin
 
 FINAL_LOSS_SAMPLES = 256  # held-out samples, of each kind, for the losses of a run without eval.steps
@@ -184,6 +185,7 @@ def _run(
             metrics_of_answers = select_metrics(recipe.eval, questions_of(eval_samples))
             with oom_as_user_error("loading"):
                 model, processor = build_model(recipe, partial(first_batches, data, recipe))
+            model.config.trained_on = trained_on(recipe, data, model.config.trained_on)
             eval_samples = data.with_boxes_written(eval_samples, processor)
             # Raises for questions longer than the context, which would otherwise fail only after training.
             Predictor(model, processor).encode(questions_of(eval_samples))
