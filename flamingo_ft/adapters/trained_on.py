@@ -5,11 +5,14 @@ The record is ``trained_on`` in the adapter's configuration; adapters of earlier
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from flamingo_ft.data.sample import CHUNK, DOCUMENT, Sample, message_text
 from flamingo_ft.formatting import plural
+from flamingo_ft.hub.weight_files import CONFIG_FILE
 
 QUESTIONS, DOCUMENTS, IMAGES_ALONE = "questions", "documents", "images alone"
 """Forms of samples: dialogues whose user writes something, captions and documents, dialogues without."""
@@ -49,6 +52,19 @@ def form_of(messages: Sequence[Mapping[str, Any]]) -> str:
         return DOCUMENTS
     has_text = any(message_text(message).strip() for message in messages if message["role"] == "user")
     return QUESTIONS if has_text else IMAGES_ALONE
+
+
+def generate_options(folder: Path) -> str:
+    """Return options with which ``flamingo-ft generate`` asks the model in ``folder`` as it was trained.
+
+    An image and a question, unless its record says otherwise.
+    """
+    path = folder / CONFIG_FILE
+    record = json.loads(path.read_text(encoding="utf-8")).get("trained_on") if path.is_file() else None
+    if record is None:
+        return "--image FILE --prompt TEXT"
+    parts = {"--image FILE": record["images"][1] > 0, "--prompt TEXT": QUESTIONS in record["forms"]}
+    return " ".join(part for part, fits in parts.items() if fits) or "--prompt TEXT"
 
 
 def never_trained(record: Record | None, messages: Sequence[Mapping[str, Any]], images: int) -> Iterator[str]:

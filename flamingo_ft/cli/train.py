@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from flamingo_ft.data import OpenedData
 
 
-DOCUMENTS = {"caption", "interleaved"}  # formats whose text the model continues, without a prompt
-
-
 def train(
     recipe: Recipe,
     overrides: Overrides = None,
@@ -65,11 +62,12 @@ def train(
             _run(path, settings, overwrite, resume)
         return
     settings = load_recipe(path, overrides or ())
-    formats = _run(path, settings, overwrite, resume)
+    _run(path, settings, overwrite, resume)
     if is_main_process():
+        from flamingo_ft.adapters.trained_on import generate_options
+
         folder = settings.train.output_dir
-        prompt = "" if formats and formats <= DOCUMENTS else " --prompt TEXT"
-        typer.echo(f"adapter in {folder}; try it: flamingo-ft generate {folder} --image FILE{prompt}")
+        typer.echo(f"adapter in {folder}; try it: flamingo-ft generate {folder} {generate_options(folder)}")
 
 
 @contextmanager
@@ -88,8 +86,8 @@ def _trial(recipe: RecipeValues) -> Generator[RecipeValues]:
         typer.echo("smoke: the trial run finished; nothing of it was kept", err=True)
 
 
-def _run(path: Path, settings: RecipeValues, overwrite: bool, resume: bool) -> set[str]:
-    """Train as the recipe says, print the results, and return the formats of the training data."""
+def _run(path: Path, settings: RecipeValues, overwrite: bool, resume: bool) -> None:
+    """Train as the recipe says, and print the results."""
     from flamingo_ft.training.output_dir import prepare_output_dir, refuse_lost_run
 
     folder = settings.train.output_dir
@@ -104,16 +102,9 @@ def _run(path: Path, settings: RecipeValues, overwrite: bool, resume: bool) -> s
     from flamingo_ft.cli.output import log
     from flamingo_ft.training.train import train as run_training
 
-    formats: set[str] = set()
-
-    def on_data(data: OpenedData) -> None:
-        formats.update(weighted.source.format for weighted in data.train)
-        print_sources(data)
-
-    metrics = run_training(settings, on_data, resume=resume, log=log)
+    metrics = run_training(settings, print_sources, resume=resume, log=log)
     if is_main_process():
         print_metrics(metrics)
-    return formats
 
 
 def is_main_process() -> bool:

@@ -10,7 +10,7 @@ from PIL import Image
 from flamingo_ft import Predictor, cli, train
 from flamingo_ft.adapters import save_adapter
 from flamingo_ft.adapters.files import read_config
-from flamingo_ft.adapters.trained_on import joined_record, never_trained, record_of_samples
+from flamingo_ft.adapters.trained_on import generate_options, joined_record, never_trained, record_of_samples
 from flamingo_ft.data import Sample
 from flamingo_ft.data.sample import DOCUMENT
 from flamingo_ft.evaluation.merging import merge_adapter
@@ -51,6 +51,20 @@ def test_what_no_training_sample_was_like_is_named(samples, images, text, expect
     assert [line.partition(";")[0] for line in lines(samples, images, text)] == (
         [expected] if expected else []
     )
+
+
+@pytest.mark.parametrize(
+    "samples, expected",
+    [
+        ([QUESTION, CAPTION], "--image FILE --prompt TEXT"),
+        ([CAPTION], "--image FILE"),
+        ([TEXT], "--prompt TEXT"),
+        ([], "--image FILE --prompt TEXT"),
+    ],
+)
+def test_the_command_to_try_a_model_asks_as_it_was_trained(tmp_path, samples, expected):
+    (tmp_path / "config.json").write_text(json.dumps({"trained_on": record_of_samples(samples)}))
+    assert generate_options(tmp_path) == expected
 
 
 def test_what_was_trained_before_counts_too():
