@@ -29,7 +29,8 @@ TEXT_WIDTH = 64  # columns of a terminal for the text beside a bar
 class Bars(Progress):
     """rich's progress bars, with a task's field ``note`` beside its bar and ``below`` under all bars.
 
-    Without a terminal, progress is printed as a line every `LINE_SECONDS`.
+    Without a terminal, progress is printed as a line every `LINE_SECONDS`, and no bars at the end, where they
+    would stand below lines that were printed later.
     """
 
     def __init__(self, *columns: Any, **options: Any):
@@ -61,10 +62,19 @@ class Bars(Progress):
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
             self._last_line = time.monotonic()
 
+    def finish(self, task_id: TaskID) -> None:
+        """End a task: its bar stays as it is; without a terminal, a line says how long it took."""
+        if not self.interactive:
+            task = self._task(task_id)
+            self.line(f"{task.description}: {task.completed:,.0f} in {clock(task.elapsed or 0)}")
+
+    def stop(self) -> None:
+        self.live.stop()  # rich adds an empty line without a terminal
+
     def time_left(self, task_id: TaskID) -> str | None:
-        """Return the estimated time until the task is done as h:mm:ss; None if unknown."""
+        """Return the estimated time until the task is done as h:mm:ss; None if unknown or done."""
         left = self._task(task_id).time_remaining
-        return None if left is None else clock(left)
+        return clock(left) if left else None
 
     def _task(self, task_id: TaskID) -> Task:
         return next(task for task in self.tasks if task.id == task_id)
@@ -94,4 +104,5 @@ def progress_bars(stderr: bool = False, disable: bool = False) -> Bars:
         TextColumn("{task.fields[note]}"),
         console=console,
         disable=disable,
+        transient=not (console.is_interactive or console.is_jupyter),
     )

@@ -48,8 +48,8 @@ class CardTable:
     """The scores of one metric, ready to be written; `flamingo_ft.evaluation.results.card_tables` makes them.
 
     title: heading of the table. description: what the metric measures. hub_type: its identifier on the Hub.
-    columns: headers of the scores. rows: task, samples and scores as text. values: overall (``all``) and per
-    task, for the Hub.
+    columns: headers of the scores. rows: task, number of questions and scores as text. values: overall
+    (``all``) and per task, for the Hub.
     """
 
     title: str

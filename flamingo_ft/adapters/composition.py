@@ -74,6 +74,7 @@ MAY_DIFFER = {
     "dtype",
     "open_attention",
     "text_config",
+    "trained_on",
     "transformers_version",
     "auto_map",
 }
@@ -99,6 +100,7 @@ def write_composition(adapter: str | Path, out: str | Path, *, start: str | Path
     lora = read_lora_config(adapter)
     config.open_attention = config.open_attention or (lora is not None and targets_vision(lora))
     reset_name_or_path(config)
+    config.trained_on = None
     out.mkdir(parents=True)
     if record and bridge is not None:
         record["path"] = BRIDGE_FILE

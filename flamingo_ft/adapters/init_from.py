@@ -39,7 +39,8 @@ GEOMETRY = ("cross_attn_every_n_layers", "media_visibility", "perceiver", "cross
 
 
 def init_bridge(model: FlamingoForConditionalGeneration, start: str | Path) -> None:
-    """Load the bridge of ``start`` into ``model`` and record it in the model's configuration.
+    """Load the bridge of ``start`` into ``model`` and record it, and what it was trained on, in the model's
+    configuration.
 
     Raises UserError for a bridge of another shape or of other backbones, and if ``start`` has learned more
     than its bridge (LoRA was merged into its language model), which would be lost.
@@ -48,7 +49,9 @@ def init_bridge(model: FlamingoForConditionalGeneration, start: str | Path) -> N
     if is_foreign_checkpoint(path):
         _check_visibility(model.config, path)
     else:
-        _check_compatible(model.config, _read_any_config(path), path)
+        config = _read_any_config(path)
+        _check_compatible(model.config, config, path)
+        model.config.trained_on = config.trained_on
     copied_rows = _load_bridge(model, path)
     record = {"path": pinned_name(start, path), "sha256": _bridge_sha256(model, copied_rows)}
     model.config.bridge_init = record | ({"unhashed": copied_rows} if copied_rows else {})

@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from flamingo_ft.cli import answers, environment, generate, models, recipes, train
+from flamingo_ft.cli.output import package_log_as_lines
 from flamingo_ft.errors import OutOfMemory, ReportedElsewhere, StoppedBySignal, UserError
 
 EXIT_USER_ERROR, EXIT_INTERRUPTED, EXIT_SIGNAL = 2, 130, 128  # the last one plus the signal's number
@@ -67,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not sys.stderr.isatty():  # each state of a bar would be a line of its own
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        code = app(arguments, prog_name="flamingo-ft", standalone_mode=False) or 0
+        with package_log_as_lines():
+            code = app(arguments, prog_name="flamingo-ft", standalone_mode=False) or 0
     except ReportedElsewhere:
         return EXIT_USER_ERROR
     except OutOfMemory as error:

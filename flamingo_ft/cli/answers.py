@@ -69,8 +69,8 @@ def evaluate(
         bool | None,
         typer.Option(
             "--controls/--no-controls",
-            help="Ask again with other and with gray images; of a task also with shuffled demonstrations. "
-            "Default: for tasks.",
+            help="Ask again with another image and with a gray one; of a task also with shuffled "
+            "demonstrations. Default: for tasks.",
         ),
     ] = None,
     out: Annotated[

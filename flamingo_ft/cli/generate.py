@@ -157,7 +157,7 @@ def chat(
         typer.echo("/image FILE shows an image, /help lists the commands, Ctrl-D leaves", err=True)
     run(
         Chat(Conversation(predictor, system)),
-        read=lambda prompt: input(prompt if interactive else ""),
+        read=input if interactive else _read_and_echo,
         write=_write,
         warn=lambda line: typer.echo(f"error: {line}", err=True),
     )
@@ -203,6 +203,13 @@ def _edit_lines() -> None:
         import readline  # noqa: F401 (its import is what changes `input`)
     except ImportError:
         return
+
+
+def _read_and_echo(prompt: str) -> str:
+    """Return the next line of a file or a pipe, and print it as a terminal does: a log has questions too."""
+    line = input()
+    _write(f"{prompt}{line}\n")
+    return line
 
 
 def _write(text: str) -> None:

@@ -15,7 +15,7 @@ from flamingo_ft.evaluation.merge_quality import MADE_UP
 from flamingo_ft.evaluation.metrics import ACCURACY, METRICS, Metric, metrics_in
 from flamingo_ft.evaluation.results import AFTER, BEFORE, BLANK, MAJORITY, SHUFFLED, ScoreTable, score_tables
 from flamingo_ft.evaluation.run_tables import TRAINED, run_tables
-from flamingo_ft.formatting import percent
+from flamingo_ft.formatting import percent, plural
 
 MAX_CLASSES = 5  # of a task whose classes are listed one by one
 _COLUMNS = {
@@ -77,19 +77,20 @@ def _evaluation_table(scores: ScoreTable) -> Table:
     headers = [_COLUMNS[column] for column in scores.columns]
     if BEFORE not in scores.columns and SHUFFLED not in scores.columns:
         headers = [metric.label if header == "after" else header for header in headers]
-    table = Table(title=f"{metric.label} on held-out samples", title_justify="left")
+    table = Table(title=f"{metric.label} on {scores.subject}", title_justify="left")
     table.add_column("task")
-    for header in ["samples", *headers]:
+    for header in ["questions", *headers]:
         table.add_column(header, justify="right")
-    for name, row in scores.tasks.items():
+    for name, row in scores.shown_tasks.items():
         table.add_row(name, f"{row.samples:,}", *map(metric.text, row.values))
     table.add_section()
-    table.add_row("all", f"{scores.overall.samples:,}", *map(metric.text, scores.overall.values))
+    overall = scores.overall
+    table.add_row(scores.overall_name, f"{overall.samples:,}", *map(metric.text, overall.values))
     return table
 
 
 def evaluation_lines(evaluation: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the lines below the tables: scores by class, what a score leaves open, and the verdict."""
+    """Yield the lines below the tables: scores by class, what a score leaves open, verdict, and advice."""
     metrics = metrics_in(evaluation)
     for name, task in evaluation["per_task"].items():
         classes = task.get("classes") or {}
@@ -107,6 +108,8 @@ def evaluation_lines(evaluation: Mapping[str, Any]) -> Iterator[str]:
         )
     if evaluation.get("verdict"):
         yield f"verdict: {evaluation['verdict']}"
+    for line in evaluation.get("advice", ()):
+        yield f"next: {line}"
 
 
 def _class_text(scores: Mapping[str, Any], metrics: Sequence[Metric]) -> str:
@@ -156,20 +159,31 @@ def merge_table(report: Mapping[str, Any]) -> Table:
     """Return a table of loss and metrics of the adapter, the merged model, and quantization alone."""
     cost = report["cost"]
     metrics = metrics_in(cost)
-    reference = ", the adapter's answers as reference" if report["prompts_from"] == MADE_UP else ""
+    asked = f", {plural(cost['answers'], 'question')} (95 % interval)"
+    if report["prompts_from"] == MADE_UP:
+        asked += ", the adapter's answers as reference"
     table = Table(title=f"measured on {cost['samples']:,} {report['prompts_from']}", title_justify="left")
     table.add_column("model")
     table.add_column("loss", justify="right")
     for metric in metrics:
-        table.add_column(f"{metric.label}{reference}", justify="right")
+        table.add_column(f"{metric.label}{asked}", justify="right")
     for name, loss in cost["loss"].items():
-        values = (metric.text(cost[metric.name][name]) for metric in metrics)
+        values = (_with_interval(metric, cost, name) for metric in metrics)
         table.add_row(_MERGE_MODELS[name], f"{loss:.4f}", *values)
     return table
 
 
+def _with_interval(metric: Metric, cost: Mapping[str, Any], model: str) -> str:
+    """Return ``96.9 % (90.6 to 100.0)``."""
+    value, interval = metric.text(cost[metric.name][model]), cost[f"{metric.name}_interval"][model]
+    if not interval or interval["low"] is None:
+        return value
+    low, high = (metric.text(interval[end]).removesuffix(" %") for end in ("low", "high"))
+    return f"{value} ({low} to {high})"
+
+
 def merge_lines(report: Mapping[str, Any]) -> str:
-    """Return lines on what was verified, on the margins, and on the difference of logits."""
+    """Return lines on what was verified, on the differences and their margins, and on the logits."""
     verified, cost = report["verified"], report["cost"]
     worst = (
         f"; largest error {verified['worst_error']:.2f} of what rounding allows" if verified["worst"] else ""
@@ -184,12 +198,26 @@ def merge_lines(report: Mapping[str, Any]) -> str:
     lora = f", {merged:,} of them matrices with LoRA: W + scale * B A" if merged else ""
     return (
         f"verified {verified['tensors']:,} tensors{lora}{worst}\n"
-        f"loss {cost['loss_increase']:+.4f} (standard error {cost['loss_increase_standard_error']:.4f}); "
+        f"loss {cost['loss_increase']:+z.4f} (standard error {cost['loss_increase_standard_error']:.4f})"
+        f"{_changes(cost)}; "
         f"rejected if the increase minus two standard errors exceeds {cost['margin']:.2g}{limits}\n"
         f"logits: token agreement {percent(report['token_agreement'])}, "
         f"max difference {report['relative']:.2g} relative to the largest logit, "
         f"over {report['tokens']:,} tokens"
     )
+
+
+def _changes(cost: Mapping[str, Any]) -> str:
+    """Return by how much the merged model's metrics differ, with the standard errors, paired by question."""
+    texts = []
+    for metric in metrics_in(cost):
+        values = cost[metric.name]["adapter"], cost[metric.name]["merged"]
+        if None not in values:
+            scale, unit = (100, " points") if metric.is_fraction else (1, "")
+            error = scale * cost[f"{metric.name}_drop_standard_error"]
+            change = scale * (values[1] - values[0])
+            texts.append(f", {metric.label} {change:+z.3g}{unit} (standard error {error:.2g})")
+    return "".join(texts)
 
 
 def _margin_text(metric: Metric, margin: float) -> str:

@@ -42,6 +42,7 @@ def merge(
     Every written tensor is verified. Loss and accuracy are compared with the adapter's on held-out samples of
     the run, and a model that is worse by more than the margins is refused.
     """
+    from flamingo_ft.adapters.trained_on import generate_options
     from flamingo_ft.backbones.precision import DTYPES
     from flamingo_ft.backbones.quantization import Quantization
     from flamingo_ft.cli.metrics_table import print_merge_report
@@ -61,7 +62,7 @@ def merge(
         with_code=with_code,
     )
     print_merge_report(report)
-    typer.echo(f"merged model in {out}; try it: flamingo-ft generate {out} --image FILE --prompt TEXT")
+    typer.echo(f"merged model in {out}; try it: flamingo-ft generate {out} {generate_options(out)}")
 
 
 def convert(

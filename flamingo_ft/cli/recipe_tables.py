@@ -79,10 +79,10 @@ def check_tables(record: Mapping[str, Any]) -> Iterator[Table | str]:
 def source_lines(parts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Yield the name of each source, which the tables refer to by number, and its ignored columns of text."""
     for number, part in enumerate(parts, start=1):
-        yield f"source {number}: {part['name']} ({part['split']}, schema {part['format']})"
+        yield f"source {number}: {part['name']} ({part['split']}, format {part['format']})"
         if part["unread"]:
             names = ", ".join(f"{name} ({rows:,} rows)" for name, rows in part["unread"].items())
-            yield f"source {number}: columns of text that the schema does not read: {names}"
+            yield f"source {number}: columns of text that the format does not read: {names}"
 
 
 def source_table(parts: Sequence[Mapping[str, Any]]) -> Table:

@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from flamingo_ft.data import OpenedData
 
 
-DOCUMENTS = {"caption", "interleaved"}  # formats whose text the model continues, without a prompt
-
-
 def train(
     recipe: Recipe,
     overrides: Overrides = None,
@@ -68,13 +65,14 @@ def train(
     from flamingo_ft.hub.errors import HubUnreachableError
 
     try:
-        formats = _run(path, settings, overwrite, resume)
+        _run(path, settings, overwrite, resume)
     except HubUnreachableError as error:
         raise UserError(f"{error}; to try the recipe without one, add --smoke") from error
     if is_main_process():
+        from flamingo_ft.adapters.trained_on import generate_options
+
         folder = settings.train.output_dir
-        prompt = "" if formats and formats <= DOCUMENTS else " --prompt TEXT"
-        typer.echo(f"adapter in {folder}; try it: flamingo-ft generate {folder} --image FILE{prompt}")
+        typer.echo(f"adapter in {folder}; try it: flamingo-ft generate {folder} {generate_options(folder)}")
 
 
 @contextmanager
@@ -93,8 +91,8 @@ def _trial(recipe: RecipeValues) -> Generator[RecipeValues]:
         typer.echo("smoke: the trial run finished; nothing of it was kept", err=True)
 
 
-def _run(path: Path, settings: RecipeValues, overwrite: bool, resume: bool) -> set[str]:
-    """Train as the recipe says, print the results, and return the formats of the training data."""
+def _run(path: Path, settings: RecipeValues, overwrite: bool, resume: bool) -> None:
+    """Train as the recipe says, and print the results."""
     from flamingo_ft.training.output_dir import prepare_output_dir, refuse_lost_run
 
     folder = settings.train.output_dir
@@ -109,16 +107,9 @@ def _run(path: Path, settings: RecipeValues, overwrite: bool, resume: bool) -> s
     from flamingo_ft.cli.output import log
     from flamingo_ft.training.train import train as run_training
 
-    formats: set[str] = set()
-
-    def on_data(data: OpenedData) -> None:
-        formats.update(weighted.source.format for weighted in data.train)
-        print_sources(data)
-
-    metrics = run_training(settings, on_data, resume=resume, log=log)
+    metrics = run_training(settings, print_sources, resume=resume, log=log)
     if is_main_process():
         print_metrics(metrics)
-    return formats
 
 
 def is_main_process() -> bool:
@@ -132,9 +123,9 @@ def print_sources(data: OpenedData) -> None:
         for weighted in sources:
             source = weighted.source
             rows = f"{weighted.size:,} rows" if source.indexed else "streamed"
-            typer.echo(f"{source.name} ({split}): {rows} of schema {source.format}", err=True)
+            typer.echo(f"{source.name} ({split}): {rows} of format {source.format}", err=True)
             if source.unread:
                 unread = ", ".join(source.unread)
                 typer.echo(
-                    f"{source.name}: columns of text that the schema does not read: {unread}", err=True
+                    f"{source.name}: columns of text that the format does not read: {unread}", err=True
                 )

@@ -194,8 +194,8 @@ class EvalSection(Section):
     before: bool = True
     """Also evaluate before training, as a baseline."""
     shuffled_images: bool = True
-    """Also evaluate with the images swapped between samples: metrics after training and, with sft, the rise
-    in loss at every evaluation. If neither accuracy drops nor the loss rises, the model ignores the
+    """Also evaluate with another image (that of another sample): metrics after training and, with sft, the
+    rise in loss at every evaluation. If neither accuracy drops nor the loss rises, the model ignores the
     images."""
     steps: Count | None = None
     """Evaluate every N optimizer steps during training. null: only before and after it."""

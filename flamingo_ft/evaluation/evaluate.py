@@ -184,6 +184,7 @@ def _ask(
             on_batch=partial(progress.advance, bar),
         )
         seconds[condition] = time.perf_counter() - start
+        progress.finish(bar)
     speed = len(asked[AFTER]) / seconds[AFTER]
     return VariantAnswers(variant.name, answers, speed, variant.quantization)
 

@@ -85,4 +85,4 @@ class ImageLossGap:
     @property
     def sentence(self) -> str:
         """What was found, as a clause of the verdict."""
-        return f"swapping the images changes the loss by {self.text} nats per label token, {self.conclusion}"
+        return f"another image changes the loss by {self.text} nats per label token, {self.conclusion}"

@@ -27,12 +27,13 @@ from flamingo_ft.data.encode import IGNORED, TooLong, encode_prompt
 from flamingo_ft.data.sample import UNNAMED_TASK, text_message
 from flamingo_ft.errors import UserError
 from flamingo_ft.inference.predictor import Predictor
-from flamingo_ft.inference.prompts import Prompt
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 
+from .bootstrap import bootstrap_interval
 from .image_loss_gap import ratio_standard_error
 from .metrics import MERGE_METRIC, Metric, user_metrics_record
 from .questions import Question, questions_of
+from .scores import interval_record
 from .select_metrics import select_metrics
 
 HELD_OUT = "held-out samples of the run"
@@ -128,10 +129,10 @@ def made_up_eval_set(model: FlamingoForConditionalGeneration, processor: Flaming
     generator = np.random.default_rng(0)
     content = [{"type": "image"}, {"type": "text", "text": "What is in this picture, and where?"}]
     prompts = [
-        Prompt([{"role": "user", "content": content}], [_noise(generator)], "made up")
+        Question([{"role": "user", "content": content}], [_noise(generator)], "made up")
         for _ in range(NOISE_IMAGES)
     ]
-    prompts.append(Prompt([text_message("user", "Name three colours.")], [], "made up"))
+    prompts.append(Question([text_message("user", "Name three colours.")], [], "made up"))
     answers = Predictor(model, processor).answer(prompts, max_new_tokens=MADE_UP_TOKENS)
     samples = [
         Sample(
@@ -174,6 +175,11 @@ class Measurement:
     def value(self, metric: Metric) -> float | None:
         """Return the value of a metric; None without questions, or where it is not defined."""
         return metric.value(self.statistics[metric.name])
+
+    def interval(self, metric: Metric) -> dict[str, float | None] | None:
+        """Return the value of a metric with its 95 % bootstrap interval, for JSON; None without questions."""
+        statistics = self.statistics[metric.name]
+        return interval_record(bootstrap_interval(statistics, metric.aggregate)) if len(statistics) else None
 
 
 @torch.no_grad()
@@ -242,6 +248,7 @@ def compare(
             margin = None
         record |= {
             name: {model: measurement.value(metric) for model, measurement in models.items()},
+            f"{name}_interval": {model: measured.interval(metric) for model, measured in models.items()},
             f"{name}_drop": drop,
             f"{name}_drop_standard_error": error,
             f"{name}_margin": margin,

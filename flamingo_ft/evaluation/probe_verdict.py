@@ -43,22 +43,40 @@ def compare_with_tower(probe: Probe, questions: Sequence[Question], predictions:
 
     Only the held-out samples of probed questions count, those with answers that occur in training.
     """
-    model = [_model_share(result, questions, predictions) for result in probe.questions]
-    both = [
-        (result, share) for result, share in zip(probe.questions, model, strict=True) if share is not None
-    ]
-    separable = [(result, share) for result, share in both if result.tells_apart]
+    both = _with_model_shares(probe, questions, predictions)
     blind = _blind(probe, [result for result, _ in both])
     parts = []
-    if separable:
-        samples = sum(result.eval_samples for result, _ in separable)
-        used = sum(share * result.eval_samples for result, share in separable) / samples
-        tower = _mean([result for result, _ in separable], "best")
+    if shares := _shares(both):
+        tower, used = shares
         figures = f"the tower can tell {percent(tower)}, the model uses {percent(used)}"
         parts.append(f"{figures}: {LEARN_FASTER}" if tower - used > MIN_GAIN else figures)
     if blind:
         parts.append(f"{_blind_text(blind)}: {OTHER_TOWER}")
     return "; ".join(parts) or None
+
+
+def tower_is_the_limit(probe: Probe, questions: Sequence[Question], predictions: Sequence[str]) -> bool:
+    """Whether the model uses all that its tower can tell."""
+    shares = _shares(_with_model_shares(probe, questions, predictions))
+    return shares is not None and shares[0] - shares[1] <= MIN_GAIN
+
+
+def _with_model_shares(
+    probe: Probe, questions: Sequence[Question], predictions: Sequence[str]
+) -> list[tuple[ProbeResult, float]]:
+    """Return the probed questions that the model was asked, each with the model's accuracy."""
+    shares = [(result, _model_share(result, questions, predictions)) for result in probe.questions]
+    return [(result, share) for result, share in shares if share is not None]
+
+
+def _shares(both: Sequence[tuple[ProbeResult, float]]) -> tuple[float, float] | None:
+    """Return what the tower can tell of the answers that it tells apart, and what the model uses of it."""
+    separable = [(result, share) for result, share in both if result.tells_apart]
+    if not separable:
+        return None
+    samples = sum(result.eval_samples for result, _ in separable)
+    used = sum(share * result.eval_samples for result, share in separable) / samples
+    return _mean([result for result, _ in separable], "best"), used
 
 
 def add_to_verdict(metrics: dict[str, Any], results: Results, probe: Probe | None) -> None:

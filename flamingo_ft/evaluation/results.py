@@ -18,7 +18,8 @@ from flamingo_ft.adapters.card import CardTable
 from flamingo_ft.atomic import file_in_place
 from flamingo_ft.config import PREDICTIONS_FILE
 from flamingo_ft.data.media import preview
-from flamingo_ft.data.sample import display_text
+from flamingo_ft.data.sample import UNNAMED_TASK, display_text
+from flamingo_ft.formatting import plural
 
 from .image_loss_gap import ImageLossGap
 from .image_use import image_use
@@ -41,6 +42,11 @@ COLUMN_HEADERS = {
     BLANK: "with a gray image",
 }
 Answers = Mapping[str, Sequence[Prediction]]  # by condition
+
+
+def label_of_condition(condition: str) -> str:
+    """Return a condition in words: ``with another image``; a task has further ones."""
+    return COLUMN_HEADERS.get(condition, f"with {condition.replace('_', ' ')}")
 
 
 def overall_key(metric: Metric, column: str) -> str:
@@ -80,8 +86,9 @@ class Results:
         """Return the ``eval`` record of metrics.json: metrics, overall and per task, and their baselines.
 
         A metric that is not defined on the answers is None, such as F1 without a positive one. With answers
-        to shuffled images, ``verdict`` says in a sentence whether the model uses its images.
-        ``image_loss_gap`` and ``loss_by_kind`` are there if they were measured.
+        to other images, ``verdict`` says in a sentence whether the model uses its images. ``rows`` is the
+        number of rows that the questions are from, if some have several. ``image_loss_gap`` and
+        ``loss_by_kind`` are there if they were measured.
         """
         by_task: dict[str, list[int]] = defaultdict(list)
         for index, question in enumerate(self.questions):
@@ -90,6 +97,9 @@ class Results:
         record = self._values(scores, None, overall_key)
         per_task = {task: self._task_record(scores, indices) for task, indices in sorted(by_task.items())}
         record |= user_metrics_record(self.metrics)
+        rows = len({question.sample for question in self.questions})
+        if 1 < rows < len(self.questions):  # questions without data are all of sample 0
+            record["rows"] = rows
         gap = self.image_loss_gap
         if gap is not None:
             record["image_loss_gap"] = asdict(gap)
@@ -221,12 +231,32 @@ class ScoreTable:
     """The scores of one metric, for the terminal, the report and the model card.
 
     columns: those of `COLUMNS` that were measured. tasks: rows by task; overall: the row over all tasks.
+    data_rows: rows of data that the questions are from; None if each has one question.
     """
 
     metric: Metric
     columns: tuple[str, ...]
     tasks: dict[str, TaskScores]
     overall: TaskScores
+    data_rows: int | None = None
+
+    @property
+    def shown_tasks(self) -> dict[str, TaskScores]:
+        """The rows above the one over all tasks; none for a single task, whose scores are the same."""
+        return self.tasks if len(self.tasks) > 1 else {}
+
+    @property
+    def overall_name(self) -> str:
+        """The name of the row over all tasks: that of a single task, if it has one."""
+        return next((name for name in self.tasks if len(self.tasks) == 1 and name != UNNAMED_TASK), "all")
+
+    @property
+    def subject(self) -> str:
+        """What the scores are of, in words, with the number of questions where that of rows differs."""
+        if self.data_rows is None:
+            return "held-out samples"
+        questions = plural(self.overall.samples, "question")
+        return f"held-out samples: {questions} in {plural(self.data_rows, 'row')}"
 
 
 def score_tables(evaluation: Mapping[str, Any] | None) -> list[ScoreTable]:
@@ -246,7 +276,7 @@ def _table(metric: Metric, evaluation: Mapping[str, Any]) -> ScoreTable:
     }
     samples = sum(task.samples for task in tasks.values())
     overall = TaskScores(samples, tuple(evaluation[overall_key(metric, column)] for column in measured))
-    return ScoreTable(metric, measured, tasks, overall)
+    return ScoreTable(metric, measured, tasks, overall, evaluation.get("rows"))
 
 
 def card_tables(evaluation: Mapping[str, Any] | None) -> list[CardTable]:
@@ -261,17 +291,18 @@ def _card_table(table: ScoreTable) -> CardTable:
         by_column = dict(zip(table.columns, row.values, strict=True))
         return [metric.text(by_column.get(column)) for column in COLUMNS]
 
-    rows = [[task, str(row.samples), *cells(row)] for task, row in table.tasks.items()]
+    shown = {**table.shown_tasks, table.overall_name: table.overall}
+    rows = [[task, f"{row.samples:,}", *cells(row)] for task, row in shown.items()]
     after = table.columns.index(AFTER)
     scores = {"all": table.overall.values[after]}
     if len(table.tasks) > 1:
         scores |= {task: row.values[after] for task, row in table.tasks.items()}
     return CardTable(
-        title=f"{metric.title} on held-out samples",
+        title=f"{metric.title} on {table.subject}",
         description=metric.description or metric.label,
         hub_type=metric.hub_type or metric.name,
         columns=[COLUMN_HEADERS[column] for column in COLUMNS],
-        rows=[*rows, ["all", "", *cells(table.overall)]],
+        rows=rows,
         values={task: value for task, value in scores.items() if value is not None},
     )
 

@@ -27,6 +27,7 @@ from .metrics import ACCURACY, IOU, Metric, Prediction, normalize
 from .question_boxes import drawn_on
 from .questions import Question
 from .reference_answers import classes_of
+from .results import label_of_condition
 
 RESULTS_PAGE = "results.html"
 MAX_ROWS, MAX_IMAGES = 400, 8  # on the page, and the last images of each question
@@ -67,7 +68,7 @@ def write_results_page(
     variants: answers of further models by their name.
     """
     main, *conditions = answers
-    others = {condition.replace("_", " "): answers[condition] for condition in conditions}
+    others = {label_of_condition(condition): answers[condition] for condition in conditions}
     others |= variants or {}
     metric, scores = _scores(questions, answers[main], metrics)
     order = sorted(range(len(questions)), key=lambda index: scores[index])[:MAX_ROWS]

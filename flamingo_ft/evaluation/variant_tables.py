@@ -9,7 +9,7 @@ from flamingo_ft.adapters.card import TextTable
 from flamingo_ft.formatting import plural, significant
 
 from .metrics import Metric, find_metrics
-from .results import COLUMN_HEADERS
+from .results import label_of_condition
 from .variants import EVERY, TEXT_ONLY, WITH_IMAGES
 
 QUESTIONS = {EVERY: "", WITH_IMAGES: " with images", TEXT_ONLY: " without images"}
@@ -28,7 +28,7 @@ def _table(variants: Sequence[Mapping[str, Any]], place: int) -> TextTable:
     scores = [variant["scores"][place] for variant in variants]
     (metric,) = find_metrics([scores[0]["metric"]])
     controls = list(scores[0].get("controls", ()))
-    headers = [COLUMN_HEADERS.get(control, f"with {control.replace('_', ' ')}") for control in controls]
+    headers = [label_of_condition(control) for control in controls]
     columns = ["model", "score", *(["difference"] if len(variants) > 1 else []), *headers, "samples/s"]
     rows = []
     for variant, score in zip(variants, scores, strict=True):

@@ -9,11 +9,13 @@
     predictor.boxes_in(predictor("photo.png", "Where is the dog?"), "photo.png")  # in pixels
 
 Commands, notebooks, evaluation and training all ask through it. Answers are greedy unless `Decoding` says
-otherwise.
+otherwise. A prompt unlike all training samples, such as one without an image, is answered and logged as a
+warning, once.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby, takewhile
@@ -26,6 +28,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from flamingo_ft.adapters import load_trained
 from flamingo_ft.adapters.answering import end_token_ids
+from flamingo_ft.adapters.trained_on import never_trained
 from flamingo_ft.backbones.decoder_layers import context_length
 from flamingo_ft.backbones.precision import inference_dtype
 from flamingo_ft.backbones.quantization import Quantization
@@ -51,6 +54,8 @@ BATCH_SIZE = 8
 IMAGE_CACHE_MIB = 256
 FORMATS = ("none", "int8", "nf4", "fp4")
 
+_log = logging.getLogger(__name__)
+
 
 class Predictor:
     """A model and its processor, ready to answer.
@@ -71,6 +76,7 @@ class Predictor:
         self.model, self.processor = model, processor
         self.batch_size, self.decoding = batch_size, Decoding(**options)
         self.media = MediaInputs(model, processor, image_cache_mib << 20)
+        self._warned: set[str] = set()
 
     @classmethod
     def from_pretrained(
@@ -291,7 +297,9 @@ class Predictor:
 
     def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Return the token ids of each prompt. Raise UserError for a prompt that leaves no room to answer."""
-        return [self._encode(prompt) for prompt in prompts]
+        encoded = [self._encode(prompt) for prompt in prompts]
+        self._warn_of_new_forms(prompts)
+        return encoded
 
     def generate(
         self,
@@ -335,6 +343,17 @@ class Predictor:
             yield
         finally:
             self.model.train(was_training)
+
+    def _warn_of_new_forms(self, prompts: Sequence[Prompt]) -> None:
+        """Log, once each, how prompts are unlike all training samples; not of questions with references,
+        whose scores say more."""
+        for prompt in prompts:
+            if type(prompt) is Prompt:
+                lines = never_trained(self.model.config.trained_on, prompt.messages, len(prompt.images))
+                line = "; ".join(lines)
+                if line and line not in self._warned:
+                    self._warned.add(line)
+                    _log.warning("%s: %s", prompt.where, line)
 
     def _encode(self, prompt: Prompt) -> list[int]:
         ids, limit = encode_prompt(self.processor, prompt.messages), context_length(self.model.config)

@@ -48,6 +48,7 @@ class FlamingoConfig(PreTrainedConfig):
         merged: what was merged into this model, None for a model that is not a merge.
         converted_from: the format of the checkpoint that the bridge was converted from, None for a bridge
             trained with this package.
+        trained_on: what the training samples were like (`adapters.trained_on`), None if that is not recorded.
         open_attention: whether the tower's fused attention is split into linear layers
             (`backbones.attention`), as in a stored quantized tower.
         format_version: version of the file format.
@@ -79,6 +80,7 @@ class FlamingoConfig(PreTrainedConfig):
     adapter_parts: list[str] | None = None
     merged: dict[str, Any] | None = None
     converted_from: str | None = None
+    trained_on: dict[str, Any] | None = None
     format_version: int = FORMAT_VERSION
     tie_word_embeddings: bool = False
 

@@ -121,7 +121,7 @@ def loss_by_kind_figure(entries: Sequence[Entry]) -> Figure | None:
 
 
 def image_loss_gap_figure(entries: Sequence[Entry]) -> Figure | None:
-    """Plot by how much the held-out loss rises with images swapped, and a band of three standard errors."""
+    """Plot by how much the held-out loss rises with another image, and a band of three standard errors."""
     gaps = [(entry["step"], gap) for entry in entries if (gap := ImageLossGap.of_log(entry)) is not None]
     points = [
         {"step": step, "gap": gap.value, "error": CLEAR * gap.standard_error}

@@ -124,7 +124,7 @@ def image_loss_gap_caption(run: RunFolder) -> str:
     gaps = ((entry["step"], ImageLossGap.of_log(entry)) for entry in reversed(run.entries))
     step, newest = next((found for found in gaps if found[1] is not None), (0, None))
     meaning = (
-        "How much the held-out loss rises with the images swapped between samples, and a band of three "
+        "How much the held-out loss rises with another image (that of another sample), and a band of three "
         "standard errors: 0 means that the answers are predicted without looking."
     )
     if newest is None or newest.conclusion is None:
@@ -153,7 +153,7 @@ def _logged_facts(metrics: Sequence[Metric]) -> list[tuple[str, str, Callable[[f
     return [
         ("loss", "loss", "{:.4g}".format),
         ("held-out loss", "eval_loss", "{:.4g}".format),
-        ("with images swapped", LOG_KEY, "{:+.3g}".format),
+        ("with another image", LOG_KEY, "{:+.3g}".format),
         ("held-out loss, text only", log_key(TEXT_ONLY), "{:.4g}".format),
         *((f"held-out {metric.label}", f"eval_{metric.name}", metric.text) for metric in metrics),
         ("reward", "reward", "{:.3g}".format),

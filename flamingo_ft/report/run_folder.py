@@ -13,6 +13,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from flamingo_ft import atomic
+from flamingo_ft.adapters.trained_on import generate_options
 from flamingo_ft.config import (
     METRICS_FILE,
     PREDICTIONS_FILE,
@@ -134,9 +135,11 @@ class RunFolder:
         folder = shlex.quote(str(self.folder))
         if self.finished:
             commands = {
-                "ask": f"flamingo-ft generate {folder} --image FILE --prompt TEXT",
+                "ask": f"flamingo-ft generate {folder} {generate_options(self.folder)}",
                 "evaluate": f"flamingo-ft eval {folder} --data FILE",
             }
+            if self.evaluation.get("advice") and self.probe is None:
+                commands["probe the tower"] = f"flamingo-ft check {folder}/{RECIPE_FILE} --probe"
         else:
             commands = {"resume": f"flamingo-ft train {folder}/{RECIPE_FILE} --resume"}
         if "tensorboard" in self.recipe.train.report_to:

@@ -144,7 +144,7 @@ class EvalBatches:
         """
         swapped = copy.copy(self)
         swapped._batches = [[_with_swapped_images(row) for row in batch] for batch in self._batches]
-        swapped._title = "held-out loss, images swapped"
+        swapped._title = "held-out loss with another image"
         return swapped
 
 

@@ -33,7 +33,7 @@ from flamingo_ft.data import Sample
 from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.metrics import ACCURACY, Metric
 from flamingo_ft.evaluation.questions import Question, questions_of
-from flamingo_ft.evaluation.results import Results
+from flamingo_ft.evaluation.results import COLUMN_HEADERS, Results
 from flamingo_ft.hub.weight_files import ADAPTER_WEIGHTS
 from flamingo_ft.inference.predictor import Predictor
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
@@ -75,7 +75,7 @@ class Evaluator:
         """Answer the questions of ``samples``, held-out ones or a variant; keep the answers as ``name``."""
         questions = questions_of(samples)
         if questions:
-            self.results.answers[name] = self._answers(f"evaluating, {name.replace('_', ' ')}", questions)
+            self.results.answers[name] = self._answers(f"evaluating, {COLUMN_HEADERS[name]}", questions)
 
     def _answers(self, title: str, questions: Sequence[Question], keep_bar: bool = True) -> list[str]:
         """Return the answers in the order of ``questions``.
@@ -89,7 +89,9 @@ class Evaluator:
         with oom_as_user_error("evaluation"), autocast:
             on_batch = partial(self._progress.advance, bar)
             answers = self._predictor.answer(own_questions, on_batch=on_batch, **self._options)
-        if not keep_bar:
+        if keep_bar:
+            self._progress.finish(bar)
+        else:
             self._progress.remove_task(bar)
         return answers if sharded else processes.unshard(answers)
 
@@ -100,7 +102,7 @@ def run_evaluation(
 ) -> dict[str, float]:
     """Evaluate the trainer's model and log the result.
 
-    Returns ``eval_loss``, the mean over all label tokens or pairs, the gap to the loss of swapped images
+    Returns ``eval_loss``, the mean over all label tokens or pairs, the gap to the loss of another image
     (`ImageLossGap.log_values`) if that is measured, the losses with and without images
     (`LossByKind.log_values`) if there are rows without, and, if ``scores_fn`` is given, its metrics
     (``eval_accuracy``, ...).

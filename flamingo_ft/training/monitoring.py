@@ -172,7 +172,7 @@ def _evaluation_parts(logs: dict[str, float], metrics: Sequence[Metric]) -> list
     metrics = [metric for metric in metrics if f"eval_{metric.name}" in logs]
     loss = [f"held-out loss {float(logs['eval_loss']):.4f}"] if "eval_loss" in logs else []
     gap = ImageLossGap.of_log(logs)
-    swapped = [] if gap is None else [f"with images swapped {gap.text}"]
+    swapped = [] if gap is None else [f"with another image {gap.text}"]
     text_only = log_key(TEXT_ONLY)
     swapped += [f"text-only loss {float(logs[text_only]):.4f}"] if text_only in logs else []
     scores = [f"{metric.label} {metric.text(logs[f'eval_{metric.name}'])}" for metric in metrics]

@@ -19,6 +19,7 @@ from flamingo_ft.data import OpenedData, Sample, open_data
 from flamingo_ft.data.examples import total_metrics
 from flamingo_ft.data.opened_data import check_method, samples_per_epoch, with_max_steps
 from flamingo_ft.errors import OutOfMemory, ReportedElsewhere, StoppedBySignal, UserError
+from flamingo_ft.evaluation.advice import add_advice
 from flamingo_ft.evaluation.probe import load_probe
 from flamingo_ft.evaluation.probe_verdict import add_to_verdict
 from flamingo_ft.evaluation.questions import questions_of, with_other_images
@@ -52,6 +53,7 @@ from .preflight import evaluation_warnings, memory_notice
 from .resume import StartPoint, find_start_point, pin_init_from
 from .stage_results import LEFT_OUT_FILE
 from .stages import train_stages
+from .trained_on import trained_on
 from .trainer import FlamingoTrainerMixin
 
 FINAL_LOSS_SAMPLES = 256  # held-out samples, of each kind, for the losses of a run without eval.steps
@@ -183,6 +185,7 @@ def _run(
             metrics_of_answers = select_metrics(recipe.eval, questions_of(eval_samples))
             with oom_as_user_error("loading"):
                 model, processor = build_model(recipe, partial(first_batches, data, recipe))
+            model.config.trained_on = trained_on(recipe, data, model.config.trained_on)
             eval_samples = data.with_boxes_written(eval_samples, processor)
             # Raises for questions longer than the context, which would otherwise fail only after training.
             Predictor(model, processor).encode(questions_of(eval_samples))
@@ -214,7 +217,9 @@ def _run(
             _add_losses(evaluator.results, trainer, recipe, eval_batches)
         progress.refresh()  # otherwise notebooks show the last bar unfinished
     metrics = {"eval": evaluator.results.summary()} if eval_samples else {}
-    add_to_verdict(metrics, evaluator.results, load_probe(output_dir, recipe))
+    probe = load_probe(output_dir, recipe)
+    add_to_verdict(metrics, evaluator.results, probe)
+    add_advice(metrics, recipe, evaluator.results, trainer.state.log_history, probe)
     metrics["train"] = train_metrics
     if processes.is_main():
         evaluator.results.save(output_dir)

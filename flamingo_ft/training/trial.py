@@ -1,7 +1,7 @@
 """A trial of a recipe in seconds, on a CPU and without a network: small stand-ins for what it would fetch.
 
 The nano backbones stand in for the recipe's, an untrained bridge for what it starts from, and synthetic
-rows of its schema for data on the Hub and for files that are not there yet. Everything else is the
+rows of its format for data on the Hub and for files that are not there yet. Everything else is the
 recipe's own, for a few small batches: settings, data files, chat format, training method, stages, metrics.
 """
 

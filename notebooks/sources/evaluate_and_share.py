@@ -41,8 +41,8 @@ loss_curve(RUN)
 #
 # `eval` asks the held-out questions again; `--data FILE` asks those of another file, in any format that training reads.
 #
-# - `--controls` also asks with the images of other samples and with gray ones. A score that stays the same was not read
-#   from the images.
+# - `--controls` also asks with another image (that of another sample) and with a gray image. A score that stays the same
+#   was not read from the images.
 # - `--compare base` asks the model without its adapter the same questions, `--compare none` the model with unquantized
 #   backbones. Differences are paired by question, with 95 % bootstrap intervals.
 # - `--out` writes every answer to a page, wrong ones first.

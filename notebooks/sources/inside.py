@@ -61,8 +61,8 @@ layer_figure(log)
 loss_figure(log)
 
 # %% [markdown]
-# Is it the images that the loss falls by? The gap between the held-out loss with swapped images and with the right ones
-# is the part that they explain. At zero, the model answers without looking.
+# Is it the images that the loss falls by? The gap between the held-out loss with another image and with the right one
+# is the part that the images explain. At zero, the model answers without looking.
 
 # %% tags=["figure"]
 image_loss_gap_figure(log)

@@ -102,7 +102,7 @@ torch.cuda.empty_cache()
 # ## Train
 #
 # The same as `flamingo-ft train {file} --resume`. The table at the end has the scores on held-out images before and
-# after training, and with the images of other samples: a model that reads its images scores lower there.
+# after training, and with another image: a model that reads its images scores lower there.
 
 # %%
 metrics = train(recipe, resume=True)

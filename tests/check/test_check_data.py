@@ -66,10 +66,10 @@ def test_text_columns_that_the_schema_ignores_are_reported_by_check_and_train(fo
     path = write_rows(folder / "x.jsonl", rows)["path"]
     findings = checked(folder, [{"path": path}])
     assert findings.parts[0].unread == {"source": 2} and findings.objection is None
-    line = "source 1: columns of text that the schema does not read: source (2 rows)"
+    line = "source 1: columns of text that the format does not read: source (2 rows)"
     assert line in [*check_tables(findings.record())]
     cli.train.print_sources(open_data(recipe(folder, [{"path": path}]).data, 0))
-    assert f"{path}: columns of text that the schema does not read: source\n" in capsys.readouterr().err
+    assert f"{path}: columns of text that the format does not read: source\n" in capsys.readouterr().err
 
 
 def test_every_kind_of_bad_row_is_listed_with_its_row(tmp_path):

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from flamingo_ft.cli.metrics_table import merge_lines, merge_table
+from flamingo_ft.evaluation.bootstrap import bootstrap_interval
 from flamingo_ft.evaluation.merge_quality import (
     HELD_OUT,
     LOSS_MARGIN,
@@ -17,6 +19,7 @@ from flamingo_ft.evaluation.merge_quality import (
     logit_difference,
 )
 from flamingo_ft.evaluation.metrics import MERGE_METRIC
+from flamingo_ft.evaluation.questions import Question
 
 SAMPLES = 16
 ACCURACY_MARGIN = 0.1
@@ -54,6 +57,25 @@ def test_the_drop_of_a_mean_has_the_standard_error_of_the_paired_differences():
     differences = torch.tensor([1.0] * 2 + [0.0] * 14)
     assert record["accuracy_drop"] == pytest.approx(2 / 16)
     assert record["accuracy_drop_standard_error"] == pytest.approx(float(differences.std()) / 4)
+
+
+def test_the_table_of_a_merge_names_its_samples_and_questions_and_has_intervals_beside_accuracies():
+    """Beside the interval of 16 questions, an answer more or less is no change."""
+    eval_set = EvalSet([], [Question([], [])] * SAMPLES, HELD_OUT)
+    models = {"adapter": measured(right=12), "merged": measured(right=11)}
+    cost = compare(models, eval_set, LOSS_MARGIN, ACCURACY_MARGIN)
+    report = {"cost": cost, "prompts_from": HELD_OUT}
+    table = merge_table(report)
+    assert table.title == "measured on 16 held-out samples of the run"
+    assert table.columns[2].header == "accuracy, 16 questions (95 % interval)"
+    expected = [bootstrap_interval((np.arange(SAMPLES) < right).astype(float)) for right in (12, 11)]
+    assert list(table.columns[2].cells) == [
+        f"{100 * own.value:.1f} % ({100 * own.low:.1f} to {100 * own.high:.1f})" for own in expected
+    ]
+    assert expected[0].low < expected[1].value
+    verified = {"tensors": 1, "worst": None, "matrices_with_lora": 0}
+    report |= {"verified": verified, "token_agreement": 1.0, "relative": 0.0, "tokens": 3}
+    assert ", accuracy -6.25 points (standard error 6.3); rejected if" in merge_lines(report)
 
 
 def test_a_difference_that_may_be_chance_is_not_worse():

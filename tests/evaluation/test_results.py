@@ -9,6 +9,7 @@ from PIL import Image
 from flamingo_ft.adapters import save_adapter
 from flamingo_ft.backbones.language import load_language
 from flamingo_ft.backbones.vision import load_vision
+from flamingo_ft.cli.metrics_table import evaluation_tables
 from flamingo_ft.config import RECIPE_FILE, dump_recipe, load_recipe
 from flamingo_ft.data import Sample, read_samples
 from flamingo_ft.data.sample import UNNAMED_TASK
@@ -16,7 +17,7 @@ from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.evaluate import evaluate_adapter, recipe_for_evaluation
 from flamingo_ft.evaluation.metrics import exact_match, normalize
 from flamingo_ft.evaluation.questions import questions_of
-from flamingo_ft.evaluation.results import Results, load_predictions
+from flamingo_ft.evaluation.results import Results, card_tables, load_predictions, score_tables
 from flamingo_ft.inference.predictor import Predictor, Prompt
 from flamingo_ft.model import build_flamingo
 from tests.data.dialogues import IMAGE, assistant, user
@@ -104,6 +105,30 @@ def test_every_question_counts_once_whatever_its_task_is_called(task):
         "colour": 0.0,
     }
     assert sum(each["samples"] for each in summary["per_task"].values()) == len(questions)
+
+
+def test_questions_and_rows_are_both_counted_where_rows_have_several_questions():
+    dialogue = Sample([user("1?"), assistant("1"), user("2?"), assistant("2")], [], "sum", "row 1")
+    for samples, expected in (
+        ([dialogue, sample("sum", "3")], "held-out samples: 3 questions in 2 rows"),
+        ([sample("sum", "2"), sample("sum", "3")], "held-out samples"),
+    ):
+        questions = questions_of(samples)
+        summary = Results(questions, {"after": ["1"] * len(questions)}).summary()
+        (table,) = score_tables(summary)
+        assert table.subject == expected and table.overall.samples == len(questions)
+        assert evaluation_tables(summary)[0].title == f"accuracy on {expected}"
+        assert card_tables(summary)[0].title == f"Accuracy on {expected}"
+
+
+@pytest.mark.parametrize("task, name", [(UNNAMED_TASK, "all"), ("digit", "digit")])
+def test_a_single_task_is_one_row_of_the_tables(task, name):
+    summary = Results(questions_of([sample(task, "1")] * 2), {"after": ["1", "2"]}).summary()
+    (table,) = evaluation_tables(summary)
+    assert list(table.columns[0].cells) == [name] and table.row_count == 1
+    assert [row[:2] for row in card_tables(summary)[0].rows] == [[name, "2"]]
+    (table,) = evaluation_tables(results().summary())
+    assert list(table.columns[0].cells) == ["a", "b", "all"]
 
 
 def test_saved_answers_are_read_as_they_were(tmp_path):

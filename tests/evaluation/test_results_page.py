@@ -30,7 +30,7 @@ def test_wrong_answers_come_first_and_text_is_escaped(questions, tmp_path):
     assert re.findall(r'data-kind="(\w+)"', page) == ["wrong", "wrong", *["right"] * 4]
     assert re.findall(r"row (\d)", page) == ["3", "4", "0", "1", "2", "5"]
     assert "A &amp; B" in page and "&lt;b&gt;Which?" in page and "<i>" not in page
-    assert page.count("data:image/jpeg") == 3 and "shuffled images" in page
+    assert page.count("data:image/jpeg") == 3 and "with another image" in page
 
 
 def test_a_confusion_matrix_counts_what_was_given_for_each_reference(questions):

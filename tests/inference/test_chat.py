@@ -132,9 +132,9 @@ def test_a_chat_over_a_pseudo_terminal(folders, predictor):
 
 
 @pytest.mark.slow
-def test_a_chat_reads_lines_from_a_pipe(folders, predictor):
+def test_a_chat_reads_lines_from_a_pipe_and_echoes_them(folders, predictor):
     command = [sys.executable, "-m", "flamingo_ft", "chat", str(folders[0] / "adapter")]
     done = subprocess.run(
         [*command, "--max-new-tokens", "6"], input=f"{PROMPT}\n", capture_output=True, text=True, check=True
     )
-    assert done.stdout == f"{predictor([], PROMPT)}\n\n" and json.dumps(done.stderr)
+    assert done.stdout == f"> {PROMPT}\n{predictor([], PROMPT)}\n\n" and json.dumps(done.stderr)

@@ -275,7 +275,7 @@ class StubModel:
     """Stub of a model: answers every prompt with the same words and records the options."""
 
     device, training = "cpu", False
-    config = SimpleNamespace(get_text_config=lambda: None)
+    config = SimpleNamespace(get_text_config=lambda: None, trained_on=None)
 
     def __init__(self, tokenizer, words: str, own_end: int | list[int] | None):
         self.generation_config = type("", (), {"eos_token_id": own_end})

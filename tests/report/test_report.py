@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from flamingo_ft.cli.metrics_table import evaluation_lines
 from flamingo_ft.config import dump_recipe
 from flamingo_ft.errors import StoppedBySignal, UserError
 from flamingo_ft.evaluation.image_loss_gap import ImageLossGap
@@ -77,8 +78,20 @@ def test_the_page_of_a_finished_run_shows_its_accuracies_and_does_not_reload(fol
     assert REFRESH not in page
     for shown in ("finished after 8 steps", "12,345", "1 min 15 s"):
         assert shown in words(page)
-    assert "all 4 25.0 % 75.0 % 50.0 %" in words(page)
+    assert "shade 4 25.0 % 75.0 % 50.0 %" in words(page) and "all 4" not in words(page)
     assert "flamingo-ft generate" in page and "--resume" not in page
+
+
+def test_what_to_try_next_is_in_the_report_and_in_the_summary(folder):
+    finish(folder)
+    assert "--probe" not in write_report(folder).read_text()
+    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics["eval"]["advice"] = ["the loss was still falling: train longer"]
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    page = words(write_report(folder).read_text())
+    assert "What next The loss was still falling: train longer. " in page
+    assert "flamingo-ft check run/resolved_recipe.yaml --probe" in page.replace(str(folder), "run")
+    assert "next: the loss was still falling: train longer" in evaluation_lines(metrics["eval"])
 
 
 @pytest.mark.parametrize(

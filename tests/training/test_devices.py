@@ -61,7 +61,7 @@ def test_two_processes_equal_one_with_twice_the_batch_size(tmp_path):
     first, second = (json.loads((tmp_path / run / "metrics.json").read_text()) for run in ("one", "two"))
     assert_same_evaluation(first["eval"], second["eval"])
     assert first["train"]["data"] == second["train"]["data"]
-    assert output.count("adapter in two") == 1 and output.count("rows of schema") == 2
+    assert output.count("adapter in two") == 1 and output.count("rows of format") == 2
     load_adapter(tmp_path / "two")
 
 

@@ -234,7 +234,7 @@ def test_a_model_that_learned_to_look_has_a_gap_clearly_above_zero_everywhere(sh
     assert ImageLossGap(**metrics["eval"]["image_loss_gap"]) == final
     assert metrics["eval"]["verdict"].startswith("reads the images: ")
     assert f"{final.text} nats per label token, clearly above zero" in metrics["eval"]["verdict"]
-    assert f"with images swapped {final.text}" in capsys.readouterr().out
+    assert f"with another image {final.text}" in capsys.readouterr().out
     page = Path("run/report.html").read_text()
     assert Path("run/figures/image_loss_gap.png").is_file()
     assert "0 means that the answers are predicted without looking" in page

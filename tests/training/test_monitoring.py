@@ -221,7 +221,7 @@ def test_without_a_terminal_an_evaluation_prints_a_line(monkeypatch):
     bar.on_log(None, state, None, logs={"eval_loss": 1.5})
     assert out.getvalue().splitlines() == [
         "step 50/300 · held-out loss 1.2500 · accuracy 71.5 %",
-        "step 50/300 · with images swapped +0.25 ± 0.01",
+        "step 50/300 · with another image +0.25 ± 0.01",
         "step 50/300 · held-out loss 1.5000",
     ]
 
@@ -235,6 +235,23 @@ def test_without_a_terminal_a_long_task_prints_a_line_every_half_minute(monkeypa
         progress.advance(task)
     lines = out.getvalue().splitlines()
     assert len(lines) == 150 // LINE_SECONDS and lines[0].startswith("evaluating: 20/1,000")
+
+
+def test_without_a_terminal_what_is_printed_stands_in_the_order_of_events(monkeypatch):
+    """Bars that are drawn at the end would stand below the lines of what came after them."""
+    out, _ = without_a_terminal(monkeypatch)
+    with progress_bars() as progress:
+        before = progress.add_task("evaluating, before", total=2, note="")
+        progress.advance(before, 2)
+        progress.finish(before)
+        state = TrainerState(max_steps=10, global_step=10)
+        bar = ProgressBar(progress)
+        bar.on_train_begin(None, state, None)
+        bar.on_log(None, state, None, logs={"loss": 0.5, "memory_gib": 1.0})
+    assert out.getvalue().splitlines() == [
+        "evaluating, before: 2 in 0:00:00",
+        "step 10/10 · loss 0.5000 · 1.00 GiB",
+    ]
 
 
 def test_reports_take_little_time_however_often_is_logged(tmp_path, monkeypatch):

@@ -29,6 +29,7 @@ KEY_SUFFIXES = (
     "_shuffled_images",
     "_blank_images",
     "_majority",
+    "_interval",
     "_drop",
     "_drop_standard_error",
     "_margin",
@@ -36,7 +37,7 @@ KEY_SUFFIXES = (
 # Names that a metric must not use: other keys of these records, and the report's other figures.
 RESERVED_KEYS = frozenset(
     {"before", "shuffled_images", "blank_images", "majority", "samples", "free_text", "classes", "predicted"}
-    | {"verdict", "per_task", "step", USER_METRICS_KEY}
+    | {"verdict", "advice", "rows", "per_task", "step", USER_METRICS_KEY}
     | {"image_loss_gap", "image_loss_gap_standard_error", "image_loss_gap_samples", "loss_by_kind"}
     | {"label_tokens", "answers", "loss", "loss_increase", "loss_increase_standard_error"}
     | {"margin", "worse"}

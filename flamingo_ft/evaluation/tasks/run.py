@@ -31,8 +31,8 @@ from .task import Example, Task
 
 SHUFFLED_DEMONSTRATIONS, VOTE = "shuffled_demonstrations", "demonstrations_vote"
 CONTROLS = {
-    SHUFFLED: "with the images of another example",
-    BLANK: "with gray images",
+    SHUFFLED: "with another image",
+    BLANK: "with a gray image",
     SHUFFLED_DEMONSTRATIONS: "with the answers of the demonstrations shuffled",
     VOTE: "majority of the demonstrations",
 }
