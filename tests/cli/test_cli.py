@@ -259,7 +259,7 @@ def test_eval_prints_only_what_was_measured(here, entry_point, capsys):
     measured = {"eval": {"accuracy": 0.5, "per_task": {"which digit": {"accuracy": 0.5, "samples": 2}}}}
     calls = entry_point(evaluation, "evaluate", "evaluate_adapter", measured)
     assert cli.main(["eval", "run", "--data", "train.jsonl"]) == 0
-    assert [call[:3] for call in calls] == [("run", "train.jsonl", ())]
+    assert [call[:3] for call in calls] == [("run", Path("train.jsonl"), ())]
     output = capsys.readouterr().out
     assert "accuracy" in output and "50.0 %" in output and "before" not in output and "another" not in output
 
