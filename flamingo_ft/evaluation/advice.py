@@ -86,7 +86,7 @@ def _of_loss(recipe: Recipe, entries: Sequence[Entry]) -> Iterator[str]:
     if trend is None:
         return
     if trend.course == "falling":
-        longer = f"--resume with train.max_steps above {recipe.train.max_steps} continues the run"
+        longer = f"--resume with more train.epochs or train.max_steps (now {recipe.train.max_steps}) continues"
         yield f"{trend.text}: train longer, {longer}"
     elif trend.course == "rising":
         keep = "" if recipe.eval.keep == "best" else "; eval.keep=best ends with the best adapter"
