@@ -86,8 +86,8 @@ def _of_loss(recipe: Recipe, entries: Sequence[Entry]) -> Iterator[str]:
     if trend is None:
         return
     if trend.course == "falling":
-        longer = f"--resume with more train.epochs or train.max_steps (now {recipe.train.max_steps}) continues"
-        yield f"{trend.text}: train longer, {longer}"
+        steps = recipe.train.max_steps
+        yield f"{trend.text}: train longer, --resume with more train.epochs (or train.max_steps, now {steps})"
     elif trend.course == "rising":
         keep = "" if recipe.eval.keep == "best" else "; eval.keep=best ends with the best adapter"
         yield f"{trend.text}: the model overfits; {MORE_DATA}, or fewer steps{keep}"
