@@ -132,7 +132,7 @@ def _tower(options: RecipeOptions) -> tuple[str, str | None]:
 def _entry(path: Path, options: RecipeOptions) -> DataSource:
     root = None if options.image_root is None else options.image_root.expanduser().absolute()
     if options.format not in FORMATS:
-        raise UserError(f"--format {options.format}: no schema of this name; use one of {', '.join(FORMATS)}")
+        raise UserError(f"--format {options.format}: no such format; use one of {', '.join(FORMATS)}")
     path = path.expanduser().absolute()
     return DataSource(path=path, image_root=root, format=options.format, columns=dict(options.columns))
 

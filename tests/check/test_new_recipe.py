@@ -238,7 +238,7 @@ def test_a_timm_tower_has_weights_of_its_own(tmp_path):
             ["--data", "x.jsonl", "--vision", "ViT-B-32"],
             "--vision ViT-B-32: an architecture has no weights of its own",
         ),
-        (["--data", "x.jsonl", "--format", "vqaa"], "--format vqaa: no schema of this name"),
+        (["--data", "x.jsonl", "--format", "vqaa"], "--format vqaa: no such format"),
         (["--data", "x.jsonl", "--column", "answer"], "--column answer: must be FIELD=COLUMN"),
         (["--data", "x.jsonl", "--image-root", "gone"], "'gone' does not exist"),
         ([], "Missing option '--data'"),

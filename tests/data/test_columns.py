@@ -89,7 +89,7 @@ def test_a_column_that_looks_like_part_of_the_task_is_never_dropped_silently(fol
 def test_a_csv_of_questions_and_labels_is_refused_until_columns_maps_them(folder):
     for answer in ("label", "caption"):
         entry = write(folder, f"image,question,{answer}\na.png,What?,That.\n")
-        assert "row 0: question: looks like part of the task, but schema caption" in refusal(entry)
+        assert "row 0: question: looks like part of the task, but format caption" in refusal(entry)
         assert (
             f"set columns: {{question: question, answer: {answer}}} to train on it as a question"
             in refusal(entry)

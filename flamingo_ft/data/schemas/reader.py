@@ -164,7 +164,7 @@ class RowReader:
         if column is None:
             return
         name = self._schema.name
-        reason = f"looks like {what}, but schema {name} (recognized from the columns) does not read it"
+        reason = f"looks like {what}, but format {name} (recognized from the columns) does not read it"
         remedy = "write its text into a column that is read, map it to a field with columns"
         if name == CAPTION and normalize_name(column) in QUESTIONS:
             answer = next(read[field] for field in self._schema.fields if field in read)
