@@ -14,9 +14,7 @@ from .execution import NOTEBOOKS as FOLDER
 from .execution import check_figures, code_cells, executed, is_blank, make_kernel, outputs
 
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-REHEARSED = (
-    "open_flamingo"  # runs in `rehearsal/test_notebook.py`, with data and models that look like the real ones
-)
+REHEARSED = "open_flamingo"  # runs in `rehearsal/test_notebook.py`, against look-alikes of its models
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
