@@ -3,6 +3,7 @@ import shutil
 
 import pytest
 import torch
+from transformers import PreTrainedConfig
 
 from flamingo_ft.backbones import precision
 from flamingo_ft.report import page
@@ -33,6 +34,14 @@ def lean_runs():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(page, "save_figures", lambda run: {})
         patch.setattr(train, "memory_notice", lambda recipe: "memory: not planned (a test)")
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_names_of_configurations():
+    """Let transformers format no configuration that it reads, for a log message that nobody sees."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PreTrainedConfig, "__repr__", object.__repr__)
         yield
 
 

@@ -25,6 +25,6 @@ def test_recipes_train_and_merge(tmp_path, monkeypatch):
             metrics["train"]["steps"] == 3 * len(metrics.get("stages", [name]))
             and 0 <= metrics["eval"]["accuracy"] <= 1
         )
-        assert cli.main(["merge", f"runs/{name}", f"merged/{name}"]) == 0, name
+        assert cli.main(["merge", f"runs/{name}", f"merged/{name}", "--samples", "8"]) == 0, name
         fresh = ["model.init_from=null", "model.bridge_quantization=none"]
         assert cli.main(["plan", name, *fresh, "--text-tokens", "16", "--images", "1"]) == 0, name

@@ -20,6 +20,7 @@ from safetensors import safe_open
 from flamingo_ft.backbones.tower_source import hub_repository
 from flamingo_ft.config import METRICS_FILE, PREDICTIONS_FILE, RECIPE_FILE
 from flamingo_ft.config.paths import strip_recipe_paths
+from flamingo_ft.config.yaml_document import parse
 from flamingo_ft.formatting import one_line
 from flamingo_ft.hub.names import BACKBONE_KEYS, NAME, strip_local_paths
 from flamingo_ft.hub.weight_files import ADAPTER_WEIGHTS, MODEL_SAFETENSORS
@@ -161,7 +162,9 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
 
 def _read_recipe(folder: Path) -> dict[str, Any] | None:
     path = folder / RECIPE_FILE
-    return strip_recipe_paths(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.is_file() else None
+    if not path.is_file():
+        return None
+    return strip_recipe_paths(parse(path.read_text(encoding="utf-8"), str(path)).values)
 
 
 def _losses(folder: Path) -> tuple[float, float] | None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -40,9 +41,8 @@ def path_locations(
     values: Any, schema: type[BaseModel] = Recipe, parent: Location = ()
 ) -> Iterator[tuple[Location, PathKind]]:
     """Yield location and kind of every path, or name that may be one, among a recipe's plain values."""
-    for name, field in schema.model_fields.items():
+    for name, kind, section in _keys_with_paths(schema):
         value = values.get(name) if isinstance(values, Mapping) else None
-        kind, section = path_kind(field), section_of(field.annotation)
         if kind is not None:
             yield from ((location, kind) for location in _path_texts(value, kind, (*parent, name)))
         elif section is not None and isinstance(value, list):
@@ -50,6 +50,13 @@ def path_locations(
                 yield from path_locations(entry, section, (*parent, name, index))
         elif section is not None:
             yield from path_locations(value, section, (*parent, name))
+
+
+@cache
+def _keys_with_paths(schema: type[BaseModel]) -> list[tuple[str, PathKind | None, type[BaseModel] | None]]:
+    """Return name, kind of path and section of each key that is a path or a section."""
+    keys = ((name, path_kind(key), section_of(key.annotation)) for name, key in schema.model_fields.items())
+    return [(name, kind, section) for name, kind, section in keys if kind or section]
 
 
 def _path_texts(value: Any, kind: PathKind, location: Location) -> Iterator[Location]:

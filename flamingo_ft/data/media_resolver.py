@@ -46,6 +46,11 @@ class MediaResolver:
         assert self.root is not None
         return os.path.realpath(self.root)
 
+    @cached_property
+    def _real_folders(self) -> dict[str, str]:
+        """Folders of images -> the same, symbolic links resolved: rows have few folders and many images."""
+        return {}
+
     def image(self, value: Any, where: str) -> Image:
         """Resolve an image: path, URL, data URI or base64 text, bytes, {"bytes", "path"}, Pillow image."""
         return self._file(value, where, "an image")
@@ -102,10 +107,10 @@ class MediaResolver:
         path = self.root / text
         try:
             path = resolve_unicode(path)
-            real = Path(os.path.realpath(path))
+            real = self._realpath(str(path))
         except (OSError, ValueError):  # a name that is too long, or has a null byte
             raise _not_found(path, where, noun) from None
-        if not real.is_relative_to(self._real_root):
+        if not f"{real}{os.sep}".startswith(os.path.join(self._real_root, "")):
             remedy = "set image_root to a folder around all images"
             is_link = Path(os.path.normpath(path)).is_relative_to(os.path.normpath(self.root))
             target = f", a link to {shorten(real)}" if is_link else ""
@@ -113,6 +118,14 @@ class MediaResolver:
         if not os.path.isfile(path):
             raise _not_found(path, where, noun)
         return str(path)
+
+    def _realpath(self, path: str) -> str:
+        folder, name = os.path.split(path)
+        if name in ("", os.curdir, os.pardir) or os.path.islink(path):
+            return os.path.realpath(path)
+        if folder not in self._real_folders:
+            self._real_folders[folder] = os.path.realpath(folder)
+        return os.path.join(self._real_folders[folder], name)
 
 
 @images.reading()

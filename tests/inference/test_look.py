@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -17,7 +16,7 @@ from flamingo_ft import cli
 from flamingo_ft.backbones.language import load_language
 from flamingo_ft.backbones.vision import load_vision
 from flamingo_ft.backbones.visual_tokens import spatial_tokens
-from flamingo_ft.config.library import packaged_recipes
+from flamingo_ft.config.library import library_folder
 from flamingo_ft.data.sample import Video, display_text
 from flamingo_ft.errors import UserError
 from flamingo_ft.inference.look import token_texts
@@ -30,6 +29,7 @@ from .conftest import PROMPT, make_flamingo
 
 BOTH = "First <image> then <image>. Name both."
 GRID = (8, 8)  # of the nano tower
+DIGITS = library_folder() / "quickstart"
 
 
 @pytest.fixture(scope="module")
@@ -159,10 +159,13 @@ def test_a_bridge_made_to_look_at_a_white_square_is_shown_to_look_there():
 @pytest.mark.slow
 def test_a_trained_model_looks_at_the_image_whose_digit_it_names(tmp_path):
     """With positions of images, and all of them visible: else the first is read at the text between."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(map(json.dumps, rows_of("name_both", "train"))))
     options = ("model.media_visibility=all_preceding", "model.perceiver.max_num_media=2")
-    options += (f"train.output_dir={tmp_path}", "eval.max_samples=8", "train.max_steps=200")
+    options += (f"data={{train: [{{path: {rows}, image_root: {DIGITS}}}]}}", "train.max_steps=100")
+    options += ("train.batch_size=24", "train.learning_rate=4e-3", f"train.output_dir={tmp_path / 'run'}")
     assert cli.main(["train", "quickstart", *options]) == 0
-    predictor = Predictor.from_pretrained(tmp_path)
+    predictor = Predictor.from_pretrained(tmp_path / "run")
     first, second = [], []
     for images, prompt, answer in held_out("name_both", 40):
         look = predictor.look(images, prompt)
@@ -174,13 +177,17 @@ def test_a_trained_model_looks_at_the_image_whose_digit_it_names(tmp_path):
     assert np.mean(first, axis=0)[0] > 0.6 and np.mean(second, axis=0)[1] > 0.6
 
 
+def rows_of(task: str, split: str) -> list[dict]:
+    """Return the rows of a task in the quickstart's data."""
+    rows = map(json.loads, (DIGITS / f"{split}.jsonl").read_text().splitlines())
+    return [row for row in rows if row["task"] == task]
+
+
 def held_out(task: str, count: int):
     """Yield images, prompt and answer of held-out questions of the quickstart."""
-    data = Path(packaged_recipes()["quickstart"]).with_suffix("") / "eval.jsonl"
-    rows = [row for row in map(json.loads, data.read_text().splitlines()) if row["task"] == task]
-    for row in rows[:count]:
+    for row in rows_of(task, "eval")[:count]:
         question, answer = row["messages"]
-        images = [data.parent / image for image in row["images"]]
+        images = [DIGITS / image for image in row["images"]]
         yield images, display_text(question), display_text(answer)
 
 
