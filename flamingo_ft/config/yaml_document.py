@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, NoReturn
 
 import yaml
@@ -98,9 +97,10 @@ def parse(text: str, name: str) -> Document:
     Raises UserError, with the line, for invalid YAML, a duplicate key and a key that is not text.
     """
     try:
-        root = _compose(text)
+        loader = RecipeLoader(text)
+        root = loader.get_single_node()
         _check_keys(root, name)
-        values = None if root is None else RecipeLoader("").construct_document(root)
+        values = None if root is None else loader.construct_document(root)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = 1 if mark is None else mark.line + 1
@@ -109,11 +109,6 @@ def parse(text: str, name: str) -> Document:
         line = text.count("\n", 0, error.position) + 1
         raise UserError(f"{name}:{line}: not valid YAML: {error.reason}; remove the character") from error
     return Document(name, values, root)
-
-
-@lru_cache(maxsize=64)  # a run reads its own recipe several times
-def _compose(text: str) -> yaml.Node | None:
-    return RecipeLoader(text).get_single_node()
 
 
 def _line(node: yaml.Node | None) -> int:

@@ -7,9 +7,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 
 import nbformat
 import numpy as np
@@ -55,17 +53,12 @@ def _write_command(folder: Path, patch: pytest.MonkeyPatch) -> Path:
     return failed
 
 
-def executed(
-    path: Path, here: Path, timeout: int = 300, changes: Mapping[str, str] = MappingProxyType({})
-) -> nbformat.NotebookNode:
+def executed(path: Path, here: Path, timeout: int = 300) -> nbformat.NotebookNode:
     """Return a notebook with its outputs, after running it in the new folder ``here`` without an error.
 
-    timeout: seconds for a cell. changes: texts that occur once in the code, and what they are replaced by.
+    timeout: seconds for a cell.
     """
     notebook = nbformat.read(path, as_version=4)
-    for old, new in changes.items():
-        (cell,) = (cell for cell in code_cells(notebook) if cell.source.count(old) == 1)
-        cell.source = cell.source.replace(old, new)
     here.mkdir()
     NotebookClient(notebook, timeout=timeout, resources={"metadata": {"path": str(here)}}).execute()
     assert not [output for output in outputs(notebook) if output.output_type == "error"]
