@@ -14,10 +14,6 @@ from .execution import NOTEBOOKS as FOLDER
 from .execution import check_figures, code_cells, executed, is_blank, make_kernel, outputs
 
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-<<<<<<< HEAD
-REHEARSED = "open_flamingo"  # runs in `rehearsal/test_notebook.py`, against look-alikes of its models
-=======
->>>>>>> parent of 6e85e0a8 (The notebook about OpenFlamingo is rehearsed with fewer steps, and no longer run a second time)
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
