@@ -16,11 +16,12 @@ from datasets.utils import logging
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HfHubHTTPError
 
-from flamingo_ft.data.compat import download_cache, split_files, xopen
-from flamingo_ft.data.files import is_system_file
+from flamingo_ft.data.compat import download_cache, xopen
 from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import error_message, shorten
 from flamingo_ft.machine_errors import reraise_machine_error
+
+from .image_folder import split_files
 
 # What loading raises for data that does not exist, is damaged, or is on the Hub while offline.
 FAILURES = (
@@ -81,10 +82,7 @@ def load_image_folder(path: Path, split: str, streaming: bool) -> DatasetsRows:
 
     Thumbnails and other images that operating systems left there are not rows.
     """
-    with dataset_errors(str(path)):
-        files = _files_without_system_files(path)
-    location = {"data_dir": str(path)} if files is None else {"data_files": files}
-    return _load(str(path), "imagefolder", **location, split=split, streaming=streaming)
+    return _load(str(path), "imagefolder", data_files=split_files(path), split=split, streaming=streaming)
 
 
 def load_folder(path: Path, split: str, streaming: bool) -> DatasetsRows:
@@ -143,21 +141,6 @@ def dataset_errors(where: str) -> Generator[None]:
 def _load(where: str, *args: Any, **options: Any) -> DatasetsRows:
     with dataset_errors(where):
         return DatasetsRows(where, datasets.load_dataset(*args, **options))
-
-
-def _files_without_system_files(folder: Path) -> dict[str, list[str]] | None:
-    """Return the files of each split except system files; None if the folder has no system files.
-
-    `datasets` itself skips only hidden files, and takes no labels from folders whose images are at several
-    depths, so the files are removed before it looks.
-    """
-
-    def is_data(path: str) -> bool:
-        return not is_system_file(Path(os.path.relpath(path, folder)).as_posix())
-
-    if all(is_data(os.path.join(root, file)) for root, _, files in os.walk(folder) for file in files):
-        return None
-    return {split: [*filter(is_data, files)] for split, files in split_files(str(folder)).items()}
 
 
 def _root_cause(error: BaseException) -> str:

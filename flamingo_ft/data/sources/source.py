@@ -17,8 +17,8 @@ from flamingo_ft.data.schemas import SCHEMAS, RowReader
 from flamingo_ft.data.schemas.reader import detect_format
 from flamingo_ft.errors import UserError
 
+from .image_folder import is_image
 from .tar_rows import TarRows
-from .tar_samples import IMAGES
 from .text_rows import DelimitedRows, JsonLines, JsonRows
 
 MAX_ROWS_TRIED = 100  # to find a first row that can be parsed
@@ -262,13 +262,9 @@ def _open_file(path: Path, streaming: bool) -> RowFile:
 def _open_folder(path: Path, entry: DataSource) -> RowFile:
     """Open a folder of images, or of a dataset's files."""
     has_images = any(
-        _is_image(file) and not is_system_file(str(file.relative_to(path))) for file in path.rglob("*")
+        is_image(file) and not is_system_file(str(file.relative_to(path))) for file in path.rglob("*")
     )
     is_saved_dataset = any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
     rows = _datasets_rows()
     load = rows.load_image_folder if has_images and not is_saved_dataset else rows.load_folder
     return load(path, entry.split, entry.streaming)
-
-
-def _is_image(file: Path) -> bool:
-    return file.suffix.lower().removeprefix(".") in IMAGES
