@@ -8,6 +8,8 @@ from pathlib import Path
 from flamingo_ft.config import DataSource, load_recipe
 from flamingo_ft.errors import UserError
 
+from .sources import Source
+
 
 def recorded_sources(recipe: Path) -> tuple[DataSource, ...]:
     """Return the sources of a run's recipe, the held-out ones first.
@@ -24,12 +26,12 @@ def recorded_sources(recipe: Path) -> tuple[DataSource, ...]:
 
 
 def read_like(
-    path: Path, sources: Sequence[DataSource], try_open: Callable[[DataSource], object]
+    path: Path, sources: Sequence[DataSource], try_open: Callable[[DataSource], Source]
 ) -> DataSource:
     """Return a file as a source.
 
     One of ``sources`` is read whole, with its own settings. A file whose columns no format has gets the
-    format and columns of the first source that names columns.
+    format and columns of the first source that names columns, if it has those.
 
     Args:
         try_open: opens a source. Raises UserError if it cannot be read.
@@ -42,9 +44,17 @@ def read_like(
     named = next((one for one in sources if one.columns), None)
     if named is None:
         return source
+    columns = {"format": named.format, "columns": named.columns, "box_unit": named.box_unit}
+    with_columns = source.model_copy(update=columns)
+    if _columns_of(source, try_open) is not None:
+        return source
+    has_them = {*named.columns.values()} <= {*(_columns_of(with_columns, try_open) or ())}
+    return with_columns if has_them else source
+
+
+def _columns_of(source: DataSource, try_open: Callable[[DataSource], Source]) -> tuple[str, ...] | None:
+    """Return the columns of a source; None if it cannot be opened."""
     try:
-        try_open(source)
+        return try_open(source).columns
     except UserError:
-        columns = {"format": named.format, "columns": named.columns, "box_unit": named.box_unit}
-        return source.model_copy(update=columns)
-    return source
+        return None

@@ -20,21 +20,26 @@ MEDIA = ("image", "images", "video", "videos", "jpg", "png")
 TEXTS = ("caption", "text", "captions", "label", "texts", "text_list")
 
 
-def answer_filler(question: str | None) -> Callable[[Any], Any]:
+def answer_filler(question: str | None, columns: Mapping[str, str]) -> Callable[[Any], Any]:
     """Return a function that gives a row the answer `UNANSWERED` if it has none.
 
-    A row of images alone is asked ``question``; without one, its answer is a caption.
+    A row of images alone is asked ``question``; without one, its answer is a caption. columns: those of
+    fields with another name.
     """
 
     def fill(row: Any) -> Any:
-        return {**row, **_missing(row, question)} if isinstance(row, Mapping) else row
+        if not isinstance(row, Mapping):
+            return row
+        missing = _missing(row, question, columns)
+        return {**row, **{columns.get(field, field): value for field, value in missing.items()}}
 
     return fill
 
 
-def _missing(row: Row, question: str | None) -> dict[str, Any]:
-    """Return the columns that a row lacks."""
+def _missing(row: Row, question: str | None, columns: Mapping[str, str]) -> dict[str, Any]:
+    """Return the fields that a row lacks."""
     names = {normalize_name(name): name for name in row if has_value(row, name)}
+    names |= {field: column for field, column in columns.items() if has_value(row, column)}
     for turns in (names[name] for name in TURNS if name in names):
         value = row[turns]
         return {turns: [*value, _answer_to(value[-1])]} if _ends_with_question(value) else {}

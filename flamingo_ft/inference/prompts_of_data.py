@@ -70,7 +70,7 @@ class Rows:
         given = {"image_root": image_root or source.image_root}
         given |= {} if box_unit == "pixels" else {"box_unit": box_unit}
         entry = source.model_copy(update=given)
-        return Source(entry, DataSection(train=(entry,)), answer_filler(self._prompt))
+        return Source(entry, DataSection(train=(entry,)), answer_filler(self._prompt, source.columns))
 
     @property
     def count(self) -> int | None:

@@ -7,6 +7,7 @@ import pytest
 from flamingo_ft.config import DataSection, DataSource
 from flamingo_ft.data.read_like import read_like, recorded_sources
 from flamingo_ft.data.sources.source import open_source
+from flamingo_ft.errors import UserError
 from flamingo_ft.inference.prompts_of_data import Rows
 from tests.data.fixtures import SCANS
 
@@ -41,10 +42,21 @@ def test_another_file_with_these_columns_gets_them_and_one_that_is_recognized_do
     assert source_of(usual, known) == DataSource(path=usual)
 
 
+def test_a_file_without_these_columns_is_refused_for_its_own(known, tmp_path):
+    other = write(tmp_path / "other.csv", "picture,group", "0945.png,odd")
+    assert source_of(other, known) == DataSource(path=other)
+    with pytest.raises(UserError, match="no format has these columns.*picture, group"):
+        Rows(other, known=[known])
+
+
 def test_rows_to_answer_are_read_like_the_run_too(known, tmp_path):
     alike = write(tmp_path / "new.csv", "picture,ask,reply", "0945.png,Which?,Nine.")
     (row,) = Rows(alike, image_root=SCANS, known=[known])
     assert row.error is None and row.reference == "Nine."
+    assert row.prompt.messages[-1]["content"][-1]["text"] == "Which?"
+    unanswered = write(tmp_path / "asked.csv", "picture,ask", "0945.png,Which?")
+    (row,) = Rows(unanswered, image_root=SCANS, known=[known])
+    assert row.error is row.reference is None
     assert row.prompt.messages[-1]["content"][-1]["text"] == "Which?"
 
 

@@ -30,10 +30,10 @@ QUESTION = {"role": "user", "content": "Which?"}
     ],
 )
 def test_a_row_gets_the_answer_that_it_lacks(row, filled):
-    assert answer_filler(None)(row) == {**row, **filled}
+    assert answer_filler(None, {})(row) == {**row, **filled}
 
 
 def test_images_alone_are_asked_the_given_question():
     row = {"images": ["a.png"]}
-    assert answer_filler("Which?")(row) == {**row, "question": "Which?", "answer": UNANSWERED}
-    assert answer_filler("Which?")([1]) == [1]
+    assert answer_filler("Which?", {})(row) == {**row, "question": "Which?", "answer": UNANSWERED}
+    assert answer_filler("Which?", {})([1]) == [1]

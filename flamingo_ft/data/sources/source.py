@@ -100,6 +100,7 @@ class Source:
         name: what error messages call it.
         indexed: whether rows can be read by number; if not, only in order.
         format: the schema of its rows, from the recipe or detected in the first row.
+        columns: those of the first row.
         unread: columns of text in the first row that the schema does not read.
     """
 
@@ -117,6 +118,7 @@ class Source:
         self.format = detect_format(row, entry.columns, where) if detected else entry.format
         resolver = MediaResolver(_image_root(entry), data.allow_urls)
         self._reader = RowReader(self.format, entry.columns, resolver, self.name, detected, entry.box_unit)
+        self.columns = tuple(row) if isinstance(row, Mapping) else ()
         self.unread = self._reader.unread(row, where) if isinstance(row, Mapping) else ()
 
     @property
