@@ -7,6 +7,7 @@ limit; and if neither is, the language model may have to adapt.
 from __future__ import annotations
 
 import math
+import shlex
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from flamingo_ft.config import Recipe
+from flamingo_ft.config import RECIPE_FILE, Recipe
 from flamingo_ft.formatting import significant
 
 from .image_use import MIN_QUESTIONS, REMEDY, correctness
@@ -104,18 +105,28 @@ def _of_model(
     """Yield what else may be the limit: the tower, or the frozen language model."""
     questions = results.questions
     if probe is not None and tower_is_the_limit(probe, questions, results.texts(AFTER)):
-        yield f"the model uses what the tower can tell: {OTHER_TOWER}"
+        yield f"the model answers as well as a probe of its tower: {OTHER_TOWER}"
     elif probe is None and any(question.images for question in questions):
         yield (
-            "not measured: whether the tower can tell the answers apart; flamingo-ft check with --probe "
-            f"shows it, and if it cannot, {OTHER_TOWER}"
+            "not measured: whether the tower can tell the answers apart; flamingo-ft check "
+            f"{_quoted(recipe)}/{RECIPE_FILE} --probe shows it, and if it cannot, {OTHER_TOWER}"
         )
     trend = held_out_trend(entries) or training_trend(entries)
     if trend is not None and trend.course == "flat" and "language" not in recipe.lora.parts:
         yield (
-            "the loss no longer falls, and the language model is frozen: LoRA on it, on top of this run "
-            "(model.init_from, lora.language.r=16)"
+            "the loss no longer falls, and the language model is frozen: train LoRA on it, from this run on: "
+            f"{_lora_command(recipe)}"
         )
+
+
+def _lora_command(recipe: Recipe) -> str:
+    run = _quoted(recipe)
+    overrides = f"model.init_from={run} lora.language.r=16 train.output_dir={run}_lora"
+    return f"flamingo-ft train {run}/{RECIPE_FILE} {overrides}"
+
+
+def _quoted(recipe: Recipe) -> str:
+    return shlex.quote(str(recipe.train.output_dir))
 
 
 def held_out_trend(entries: Sequence[Entry]) -> Trend | None:

@@ -104,6 +104,9 @@ def _verdict_on_free_text(changed: float, gap: ImageLossGap | None) -> str:
     if changed < FEW_CHANGES:
         return f"{NOT_LOOKING}: {figures}; {REMEDY}"
     if gap is not None:
-        return f"{NO_USE}: {figures}; {REMEDY}"
+        return (
+            f"{NO_USE}: its answers change with another image ({100 * changed:.0f} %), but the reference "
+            f"answers are about as likely with it ({gap.sentence}); {REMEDY}"
+        )
     limit = "exact match cannot judge whether free-text answers are right"
     return f"the answers depend on the images ({share}); {limit}"
