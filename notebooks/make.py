@@ -43,8 +43,15 @@ if find_spec("flamingo_ft") is None and os.environ.get("SMOKE") != "1":
 TABLE_HEAD = """\
 # Notebooks
 
-`python notebooks/make.py` writes them from `sources/`. With `SMOKE=1` in the environment they run offline on
-a CPU, with small stand-ins for what they would download (`pytest -m slow tests/notebooks`).
+Open one in Colab with its badge. On your own machine, install with `pip install -e '.[notebook]'` and open it
+in Jupyter or VS Code, or run it whole:
+
+```bash
+SMOKE=1 jupyter execute notebooks/quickstart.ipynb
+```
+
+With `SMOKE=1` in the environment they run offline on a CPU, with small stand-ins for what they would
+download; without it, as they are. `python notebooks/make.py` writes them from `sources/`.
 
 | notebook | what it needs | |
 |---|---|---|

@@ -137,7 +137,8 @@ def load_bridge_as_stored(
     if digest != record["sha256"]:
         raise UserError(
             f"{folder}: base mismatch: the adapter was trained on a bridge with SHA-256 "
-            f"{record['sha256'][:12]}, got {digest[:12]} in {path}; restore that bridge"
+            f"{record['sha256'][:12]}, got {digest[:12]} in {path}; restore that bridge, or "
+            "name its folder with --start (in Python start=)"
         )
 
 

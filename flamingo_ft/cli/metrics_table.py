@@ -11,6 +11,7 @@ from rich.table import Table
 
 from flamingo_ft.adapters.card import TextTable
 from flamingo_ft.cli.output import titled_table
+from flamingo_ft.data.sample import UNNAMED_TASK
 from flamingo_ft.evaluation.merge_quality import MADE_UP
 from flamingo_ft.evaluation.metrics import ACCURACY, METRICS, Metric, metrics_in
 from flamingo_ft.evaluation.results import AFTER, BEFORE, BLANK, MAJORITY, SHUFFLED, ScoreTable, score_tables
@@ -91,16 +92,16 @@ def _evaluation_table(scores: ScoreTable) -> Table:
 
 def evaluation_lines(evaluation: Mapping[str, Any]) -> Iterator[str]:
     """Yield the lines below the tables: scores by class, what a score leaves open, verdict, and advice."""
-    metrics = metrics_in(evaluation)
-    for name, task in evaluation["per_task"].items():
+    metrics, tasks = metrics_in(evaluation), evaluation["per_task"]
+    for name, task in tasks.items():
         classes = task.get("classes") or {}
         if 2 <= len(classes) <= MAX_CLASSES:
             scores = (f"{label!r} {_class_text(scores, metrics)}" for label, scores in classes.items())
-            yield f"{name}: {', '.join(scores)}"
+            yield f"{'all' if {*tasks} == {UNNAMED_TASK} else name}: {', '.join(scores)}"
     for name, metric in METRICS.items():
         if name in evaluation and evaluation[name] is None:
             yield f"{metric.label}: not defined on these answers"
-    free_text = [name for name, task in evaluation["per_task"].items() if task.get("free_text")]
+    free_text = [name for name, task in tasks.items() if task.get("free_text")]
     if free_text and ACCURACY.name in evaluation:
         yield (
             f"{', '.join(free_text)}: free text; accuracy is exact match, "

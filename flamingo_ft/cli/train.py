@@ -93,9 +93,9 @@ def _trial(recipe: RecipeValues) -> Generator[RecipeValues]:
 
 def _run(path: Path, settings: RecipeValues, overwrite: bool, resume: bool) -> None:
     """Train as the recipe says, and print the results."""
-    from flamingo_ft.training.output_dir import prepare_output_dir, refuse_lost_run
+    from flamingo_ft.training.output_dir import prepare_output_dir, refuse_lost_run, restore_earlier
 
-    folder = settings.train.output_dir
+    folder, earlier = settings.train.output_dir, None
     if resume:
         refuse_lost_run(path, settings.train)
     elif is_main_process():
@@ -107,7 +107,12 @@ def _run(path: Path, settings: RecipeValues, overwrite: bool, resume: bool) -> N
     from flamingo_ft.cli.output import log
     from flamingo_ft.training.train import train as run_training
 
-    metrics = run_training(settings, print_sources, resume=resume, log=log)
+    try:
+        metrics = run_training(settings, print_sources, resume=resume, log=log)
+    except UserError:
+        if earlier and restore_earlier(earlier, folder):
+            typer.echo(f"moved the earlier run back to {folder}", err=True)
+        raise
     if is_main_process():
         print_metrics(metrics)
 

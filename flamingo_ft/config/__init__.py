@@ -5,6 +5,7 @@
 
 from flamingo_ft.config.data_section import AugmentationSection, CacheSection, DataSection, DataSource
 from flamingo_ft.config.loading import (
+    LOG_FILE,
     METRICS_FILE,
     PREDICTIONS_FILE,
     PROBE_FILE,
@@ -35,6 +36,7 @@ from flamingo_ft.config.train_section import (
 )
 
 __all__ = [
+    "LOG_FILE",
     "METRICS_FILE",
     "PREDICTIONS_FILE",
     "PROBE_FILE",

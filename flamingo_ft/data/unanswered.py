@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .fields import Row, has_value
+from .fields import Row, has_value, is_blank
 from .schemas.columns import normalize_name
 
 UNANSWERED = "\N{REPLACEMENT CHARACTER}unanswered"  # in place of the answer that a row does not have
@@ -30,22 +30,23 @@ def answer_filler(question: str | None, columns: Mapping[str, str]) -> Callable[
     def fill(row: Any) -> Any:
         if not isinstance(row, Mapping):
             return row
-        missing = _missing(row, question, columns)
-        return {**row, **{columns.get(field, field): value for field, value in missing.items()}}
+        names = {normalize_name(name): name for name in row} | dict(columns)
+        missing = _missing(row, question, names)
+        return {**row, **{names.get(field, field): value for field, value in missing.items()}}
 
     return fill
 
 
 def _missing(row: Row, question: str | None, columns: Mapping[str, str]) -> dict[str, Any]:
-    """Return the fields that a row lacks."""
-    names = {normalize_name(name): name for name in row if has_value(row, name)}
-    names |= {field: column for field, column in columns.items() if has_value(row, column)}
+    """Return the fields that a row lacks. columns: by field."""
+    names = {field: column for field, column in columns.items() if has_value(row, column)}
     for turns in (names[name] for name in TURNS if name in names):
         value = row[turns]
         return {turns: [*value, _answer_to(value[-1])]} if _ends_with_question(value) else {}
     for asked, answer, others in ANSWERS:
         if asked in names:
-            return {} if any(name in names for name in (answer, *others)) else {answer: UNANSWERED}
+            answered = (names[name] for name in (answer, *others) if name in names)
+            return {answer: UNANSWERED} if all(is_blank(row[column]) for column in answered) else {}
     if any(name in names for name in MEDIA) and not any(name in names for name in TEXTS):
         filled = {"caption": UNANSWERED}
         return filled if question is None else {"question": question, "answer": UNANSWERED}

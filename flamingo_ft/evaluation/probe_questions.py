@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from flamingo_ft.data.sample import DOCUMENT, UNNAMED_TASK, Medium, message_text
+from flamingo_ft.data.sample import UNNAMED_TASK, Medium, message_text
 from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import plural
 
@@ -80,7 +80,7 @@ class ProbeQuestion:
         everything = [*self.train, *self.eval]
         if not self.images:
             return NO_IMAGES
-        if any(one.messages[-1]["role"] == DOCUMENT for one in everything) or is_free_text(everything):
+        if is_free_text(everything):
             return FREE_TEXT
         if len(self.train) < MIN_TRAIN_SAMPLES:
             return TOO_FEW_TRAIN

@@ -44,12 +44,16 @@ def classes_of(questions: Sequence[Question]) -> dict[str, list[int]] | None:
 
 
 def is_free_text(questions: Sequence[Question]) -> bool:
-    """Whether the reference answers are captions or sentences, which can be phrased in many ways."""
-    if any(message["role"] == DOCUMENT for question in questions for message in question.messages):
-        return True
+    """Whether the reference answers are captions or sentences, which can be phrased in many ways.
+
+    Captions that are a few short ones are classes, such as the names of the folders that images are in.
+    """
     lengths = sorted(len(_words(question)) for question in questions)
+    is_long = lengths[len(lengths) // 2] >= FREE_TEXT_WORDS
+    if any(message["role"] == DOCUMENT for question in questions for message in question.messages):
+        return is_long or classes_of(questions) is None
     distinct = len({normalize(question.answer) for question in questions})
-    return lengths[len(lengths) // 2] >= FREE_TEXT_WORDS and distinct > len(questions) / 2
+    return is_long and distinct > len(questions) / 2
 
 
 def _words(question: Question) -> list[str]:

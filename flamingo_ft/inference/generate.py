@@ -10,6 +10,7 @@ from flamingo_ft.config import RECIPE_FILE
 from flamingo_ft.data.box_writer import BoxWriter
 from flamingo_ft.data.read_like import recorded_sources
 from flamingo_ft.data.schemas.boxes import BoxUnit
+from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import plural
 from flamingo_ft.hub import fetch_model
 from flamingo_ft.progress import progress_bars
@@ -83,6 +84,8 @@ def generate_file(
     finally:
         file.close()
     file.finish()
+    if file.rows and summary.skipped == file.rows:
+        raise UserError(f"{data}: no row could be answered, got {file.rows:,}; {out} says why")
     skipped = f", {summary.skipped:,} skipped" if summary.skipped else ""
     log(f"{plural(file.rows, 'row')} in {out}{skipped}")
     return summary

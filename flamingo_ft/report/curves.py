@@ -16,13 +16,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter, StrMethodFormatter
 
+from flamingo_ft.config import LOG_FILE
 from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.image_loss_gap import CLEAR, ImageLossGap
 from flamingo_ft.evaluation.loss_by_kind import KIND_LABELS, log_key
 from flamingo_ft.evaluation.metrics import Metric
 from flamingo_ft.formatting import percent, significant
 
-from .run_folder import LOG_FILE, Entry, check_run, read_log
+from .run_folder import Entry, check_run, read_log
 
 # The common look of all figures of a run.
 INK = "#24292f"

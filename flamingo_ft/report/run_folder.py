@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from flamingo_ft import atomic
 from flamingo_ft.adapters.trained_on import generate_options
 from flamingo_ft.config import (
+    LOG_FILE,
     METRICS_FILE,
     PREDICTIONS_FILE,
     RECIPE_FILE,
@@ -26,7 +27,6 @@ from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.probe import Probe, load_probe
 from flamingo_ft.evaluation.results import load_predictions
 
-LOG_FILE = "log.jsonl"
 REPORT_FILE = "report.html"
 Entry = dict[str, Any]  # flat scalars; "step" is the optimizer step
 

@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 
 from flamingo_ft import atomic
-from flamingo_ft.config import METRICS_FILE, PROBE_FILE, RECIPE_FILE, TrainSection
+from flamingo_ft.config import LOG_FILE, METRICS_FILE, PROBE_FILE, RECIPE_FILE, TrainSection
 from flamingo_ft.errors import UserError
 
 
@@ -42,6 +42,19 @@ def prepare_output_dir(
     if moved_to is not None and (moved_to / PROBE_FILE).is_file():
         shutil.copy2(moved_to / PROBE_FILE, folder)
     return moved_to
+
+
+def restore_earlier(earlier: Path, folder: Path) -> bool:
+    """Move an earlier run back to ``folder`` if the run that replaced it failed before its first step.
+
+    Returns whether it did.
+    """
+    logs = (log.stat().st_size for log in folder.rglob(LOG_FILE))
+    if any(logs) or any(folder.rglob("checkpoints/*")):
+        return False
+    shutil.rmtree(folder)
+    earlier.rename(folder)
+    return True
 
 
 def keep_probe(probe: Path, folder: Path) -> bool:

@@ -9,13 +9,13 @@ from typing import Any
 from flamingo_ft import atomic
 from flamingo_ft.adapters import write_card
 from flamingo_ft.adapters.join import write_joined_adapter
-from flamingo_ft.config import METRICS_FILE, PREDICTIONS_FILE, Recipe, StageSection
+from flamingo_ft.config import LOG_FILE, METRICS_FILE, PREDICTIONS_FILE, Recipe, StageSection
 from flamingo_ft.config.tables import BRIDGE_PARTS, LORA_PARTS
 from flamingo_ft.data.examples import total_metrics
 from flamingo_ft.evaluation.results import BEFORE, card_tables, load_predictions, with_scores_before
 from flamingo_ft.evaluation.run_tables import run_tables
 from flamingo_ft.model.parts import in_parts, is_lora
-from flamingo_ft.report.run_folder import LOG_FILE, read_log, write_log
+from flamingo_ft.report.run_folder import read_log, write_log
 
 from .non_finite import SKIPPED
 

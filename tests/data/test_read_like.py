@@ -38,8 +38,8 @@ def test_a_recipes_own_file_is_read_whole_with_its_settings(known):
 def test_another_file_with_these_columns_gets_them_and_one_that_is_recognized_does_not(known, tmp_path):
     alike = write(tmp_path / "held.csv", "picture,ask,reply", "0945.png,Which?,Nine.")
     assert source_of(alike, known).columns == COLUMNS and source_of(alike).columns == {}
-    usual = write(tmp_path / "usual.csv", "image,question,answer", "0945.png,Which?,Nine.")
-    assert source_of(usual, known) == DataSource(path=usual)
+    usual = write(tmp_path / "usual.csv", "image,question,answer", f"{SCANS}/0945.png,Which?,Nine.")
+    assert source_of(usual, known).columns == {}
 
 
 def test_a_file_without_these_columns_is_refused_for_its_own(known, tmp_path):
@@ -49,9 +49,20 @@ def test_a_file_without_these_columns_is_refused_for_its_own(known, tmp_path):
         Rows(other, known=[known])
 
 
+def test_images_that_are_not_beside_a_file_are_looked_up_where_the_runs_are(known, tmp_path):
+    alike = write(tmp_path / "held.csv", "picture,ask,reply", "0945.png,Which?,Nine.")
+    usual = write(tmp_path / "usual.csv", "image,question,answer", "0945.png,Which?,Nine.")
+    assert source_of(alike, known).image_root == source_of(usual, known).image_root == SCANS
+    beside = write(tmp_path / "beside.csv", "picture,ask,reply", "mine.png,Which?,Nine.")
+    (tmp_path / "mine.png").write_bytes((SCANS / "0945.png").read_bytes())
+    assert source_of(beside, known).image_root is None
+    nowhere = write(tmp_path / "nowhere.csv", "picture,ask,reply", "gone.png,Which?,Nine.")
+    assert source_of(nowhere, known).image_root is None
+
+
 def test_rows_to_answer_are_read_like_the_run_too(known, tmp_path):
     alike = write(tmp_path / "new.csv", "picture,ask,reply", "0945.png,Which?,Nine.")
-    (row,) = Rows(alike, image_root=SCANS, known=[known])
+    (row,) = Rows(alike, known=[known])
     assert row.error is None and row.reference == "Nine."
     assert row.prompt.messages[-1]["content"][-1]["text"] == "Which?"
     unanswered = write(tmp_path / "asked.csv", "picture,ask", "0945.png,Which?")

@@ -17,6 +17,7 @@ QUESTION = {"role": "user", "content": "Which?"}
         ),
         ({"question": "Which?", "image": "a.png"}, {"answer": UNANSWERED}),
         ({"Question": "Which?", "answer": None}, {"answer": UNANSWERED}),
+        ({"Question": "Which?", "Answer": " "}, {"Answer": UNANSWERED}),
         ({"instruction": "Name it.", "image": "a.png"}, {"output": UNANSWERED}),
         ({"prompt": "Name it."}, {"completion": UNANSWERED}),
         ({"image": "a.png"}, {"caption": UNANSWERED}),
@@ -31,6 +32,15 @@ QUESTION = {"role": "user", "content": "Which?"}
 )
 def test_a_row_gets_the_answer_that_it_lacks(row, filled):
     assert answer_filler(None, {})(row) == {**row, **filled}
+
+
+def test_the_answer_is_in_the_column_that_is_named_for_it():
+    fill = answer_filler(None, {"question": "ask", "answer": "reply"})
+    assert (
+        fill({"ask": "Which?", "reply": ""})
+        == fill({"ask": "Which?"})
+        == {"ask": "Which?", "reply": UNANSWERED}
+    )
 
 
 def test_images_alone_are_asked_the_given_question():

@@ -10,7 +10,7 @@ from flamingo_ft.data import Sample
 from flamingo_ft.data.sample import DOCUMENT
 from flamingo_ft.evaluation.image_loss_gap import ImageLossGap
 from flamingo_ft.evaluation.image_use import MIN_QUESTIONS, image_use
-from flamingo_ft.evaluation.questions import questions_of
+from flamingo_ft.evaluation.questions import Question, questions_of
 from flamingo_ft.evaluation.reference_answers import is_free_text
 from flamingo_ft.evaluation.results import Results
 from tests.data.dialogues import IMAGE, assistant, user
@@ -180,3 +180,17 @@ def test_classes_have_their_own_accuracy_and_how_often_they_were_predicted():
 )
 def test_sentences_that_hardly_repeat_are_free_text(answers, free):
     assert is_free_text(questions(answers)) == free
+
+
+@pytest.mark.parametrize(
+    ("captions", "free"),
+    [
+        (["animals", "food", "vehicles"] * 5, False),
+        (["a heron", "a boat", "two boats"], True),
+        (["A dog runs over a field.", "A boat on a lake."] * 5, True),
+    ],
+)
+def test_captions_are_free_text_unless_they_are_a_few_short_ones(captions, free):
+    prompt = [{"role": DOCUMENT, "content": [{"type": "image"}]}]
+    asked = [Question(prompt, ["a.png"], f"row {row}", text) for row, text in enumerate(captions)]
+    assert is_free_text(asked) == free

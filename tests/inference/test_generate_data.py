@@ -168,6 +168,9 @@ def test_bad_rows_are_named_and_on_request_skipped(adapter, folders, tmp_path):
     assert (summary.answered, summary.skipped) == (2, 3) and lines == [f"5 rows in {out}, 3 skipped"]
     errors = [row.get("error", "") for row in read(out)]
     assert [bool(error) for error in errors] == [False, True, True, True, False]
+    with pytest.raises(UserError, match="no row could be answered, got 2; .*none.jsonl says why"):
+        data, out = write(tmp_path / "bad.jsonl", rows[1:3]), tmp_path / "none.jsonl"
+        generate_file(adapter, data, out, image_root=ROOT, skip_bad=True, **LENGTH)
     assert "missing.png" in errors[1] and "question: empty" in errors[2] and "shorten" in errors[3]
 
 

@@ -6,9 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from flamingo_ft.config import TrainSection
+from flamingo_ft.config import LOG_FILE, TrainSection
 from flamingo_ft.errors import UserError
-from flamingo_ft.training.output_dir import RECIPE_FILE, prepare_output_dir, refuse_lost_run
+from flamingo_ft.training.output_dir import (
+    RECIPE_FILE,
+    prepare_output_dir,
+    refuse_lost_run,
+    restore_earlier,
+)
 
 
 @pytest.fixture
@@ -47,6 +52,18 @@ def test_overwrite_moves_earlier_runs_aside_unchanged(run):
     (run / RECIPE_FILE).write_text("second")
     second = prepare_output_dir(run, overwrite=True)
     assert contents(first) == before and second.name == "one.old-2"
+
+
+def test_a_run_that_fails_before_its_first_step_gives_the_folder_back(run):
+    before = contents(run)
+    earlier = prepare_output_dir(run, overwrite=True)
+    (run / RECIPE_FILE).write_text("second")
+    (run / "checkpoints").mkdir()
+    (run / LOG_FILE).write_text("")
+    assert restore_earlier(earlier, run) and contents(run) == before and not earlier.exists()
+    earlier = prepare_output_dir(run, overwrite=True)
+    (run / LOG_FILE).write_text('{"step": 1, "loss": 2.0}\n')
+    assert not restore_earlier(earlier, run) and contents(earlier) == before
 
 
 def test_a_folder_with_other_files_is_refused_even_with_overwrite(tmp_path):
