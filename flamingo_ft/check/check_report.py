@@ -231,7 +231,7 @@ class CheckReport:
         if not any(part.samples for part in self.parts if part.split == TRAIN):
             return "got no usable training sample"
         if self.bad and self.on_bad_sample == "error":
-            return f"got {self.bad:,} bad rows; fix or remove them, or set data.on_bad_sample to skip"
+            return f"got {plural(self.bad, 'bad row')}; fix or remove them, or set data.on_bad_sample to skip"
         if self.bad_share > self.max_bad_share:
             return (
                 f"got {percent(self.bad_share)} bad training rows, the limit is "

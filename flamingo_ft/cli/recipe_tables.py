@@ -31,6 +31,10 @@ _CLASSIFIERS = {
     "linear_attended": "attended",
     "best": "best",
 }
+PROBE_LEGEND = (
+    "1-NN: the answer of the most similar training image; pooled, attended: a linear classifier on the mean "
+    "of the tower's tokens, and on a mean weighted by a learned query"
+)
 _REPEATS = {
     "copies": "training samples that equal an earlier one",
     "leaked": "held-out samples that equal one that is trained on",
@@ -73,6 +77,7 @@ def check_tables(record: Mapping[str, Any]) -> Iterator[Table | str]:
     if record["probe"]:
         yield from question_lines(record["probe"])
         yield probe_table(record["probe"])
+        yield PROBE_LEGEND
         yield from record["probe_lines"]
 
 

@@ -93,7 +93,7 @@ def _trial(recipe: RecipeValues) -> Generator[RecipeValues]:
 
 def _run(path: Path, settings: RecipeValues, overwrite: bool, resume: bool) -> None:
     """Train as the recipe says, and print the results."""
-    from flamingo_ft.training.output_dir import prepare_output_dir, refuse_lost_run, restore_earlier
+    from flamingo_ft.training.output_dir import prepare_output_dir, refuse_lost_run, undo_start
 
     folder, earlier = settings.train.output_dir, None
     if resume:
@@ -110,7 +110,7 @@ def _run(path: Path, settings: RecipeValues, overwrite: bool, resume: bool) -> N
     try:
         metrics = run_training(settings, print_sources, resume=resume, log=log)
     except UserError:
-        if earlier and restore_earlier(earlier, folder):
+        if not resume and is_main_process() and undo_start(folder, earlier) and earlier:
             typer.echo(f"moved the earlier run back to {folder}", err=True)
         raise
     if is_main_process():

@@ -202,11 +202,12 @@ def _without_titles(schema: Any) -> Any:
 
 
 def _suggestion(requested: str, names: list[str]) -> str:
-    """Return the nearest keys: with the same last component, containing it, or of the closest spelling."""
+    """Return the nearest keys: with the same last component, its initials, containing it, or similar."""
     last = next((step for step in reversed(requested.split(".")) if not step.isdecimal()), requested)
     ends = {name.rpartition(".")[2]: name for name in names}
     nearest = (
         [name for name in names if name.rpartition(".")[2] == last]
+        or [name for name in names if _initials(name.rpartition(".")[2]) == last]
         or [name for name in names if last in name]
         or difflib.get_close_matches(requested, names, n=3)
         or [ends[end] for end in difflib.get_close_matches(last, ends, n=3)]
@@ -214,6 +215,10 @@ def _suggestion(requested: str, names: list[str]) -> str:
     if nearest:
         return f"did you mean {' or '.join(nearest[:4])}?"
     return f"a recipe has the sections {', '.join(name for name in names if '.' not in name)}"
+
+
+def _initials(name: str) -> str:
+    return "".join(word[:1] for word in name.split("_"))
 
 
 def _markdown_type(key: RecipeKey) -> str:

@@ -49,11 +49,9 @@ def find_recipe(path_or_name: str | Path) -> Path:
         return known[str(path_or_name)]
     problem = "a folder, not a recipe file" if path.is_dir() else "no such file or packaged recipe"
     nearest = None if path.is_dir() or not path.suffix else nearest_path(path)
-    suggestion = f"did you mean {nearest}? " if nearest else ""
-    names = difflib.get_close_matches(path.stem, known, n=1) or sorted(known)
-    raise UserError(
-        f"recipe {path_or_name}: {problem}; {suggestion}packaged recipes have plain names: {', '.join(names)}"
-    )
+    similar = [str(nearest)] if nearest else difflib.get_close_matches(path.stem, known, n=1)
+    remedy = f"did you mean {similar[0]}?" if similar else "flamingo-ft recipes list names the packaged ones"
+    raise UserError(f"recipe {path_or_name}: {problem}; {remedy}")
 
 
 def summary(recipe: Path) -> str:

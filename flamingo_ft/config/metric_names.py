@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -50,7 +51,9 @@ def parse_metric(name: str) -> str:
         return str(Path(name).expanduser().absolute())
     known = answer_metric_names()
     if name not in known:
-        raise UserError(f"metric: must be {describe_choices(known)}, got {name!r}")
+        nearest = difflib.get_close_matches(name, known, n=1)
+        remedy = f"; did you mean {nearest[0]}?" if nearest else ""
+        raise UserError(f"metric: must be {describe_choices(known)}, got {name!r}{remedy}")
     return name
 
 

@@ -102,20 +102,21 @@ def _of_loss(recipe: Recipe, entries: Sequence[Entry]) -> Iterator[str]:
 def _of_model(
     recipe: Recipe, results: Results, entries: Sequence[Entry], probe: Probe | None
 ) -> Iterator[str]:
-    """Yield what else may be the limit: the tower, or the frozen language model."""
+    """Yield what else may be the limit: the frozen language model, or the tower."""
     questions = results.questions
-    if probe is not None and tower_is_the_limit(probe, questions, results.texts(AFTER)):
-        yield f"the model answers as well as a probe of its tower: {OTHER_TOWER}"
-    elif probe is None and any(question.images for question in questions):
-        yield (
-            "not measured: whether the tower can tell the answers apart; flamingo-ft check "
-            f"{_quoted(recipe)}/{RECIPE_FILE} --probe shows it, and if it cannot, {OTHER_TOWER}"
-        )
     trend = held_out_trend(entries) or training_trend(entries)
     if trend is not None and trend.course == "flat" and "language" not in recipe.lora.parts:
         yield (
             "the loss no longer falls, and the language model is frozen: train LoRA on it, from this run on: "
             f"{_lora_command(recipe)}"
+        )
+    if probe is not None and tower_is_the_limit(probe, questions, results.texts(AFTER)):
+        yield f"the model answers as well as a probe of its tower: {OTHER_TOWER}"
+    elif probe is None and any(question.images for question in questions):
+        yield (
+            f"{_quoted(recipe)} has no probe of this tower and data: flamingo-ft check "
+            f"{_quoted(recipe)}/{RECIPE_FILE} --probe shows whether the tower can tell the answers apart; "
+            f"if it cannot, {OTHER_TOWER}"
         )
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from flamingo_ft import atomic
+from flamingo_ft.adapters.files import read_config
+from flamingo_ft.adapters.trained_on import never_trained
 from flamingo_ft.config import RECIPE_FILE, RESULTS_FILE, DataSection, EvalSection, Recipe, load_recipe
 from flamingo_ft.config.loading import parse_override
 from flamingo_ft.config.metric_names import parse_metric
@@ -96,6 +98,8 @@ def evaluate_adapter(
     if not samples:
         raise UserError(f"{adapter}: no held-out samples; name some with --data FILE")
     questions = questions_of(samples)
+    for line in _never_trained(variants[0].folder, questions):
+        report(f"warning: {line}")
     selected = select_metrics(recipe.eval, questions, more)
     asked = {condition: questions_of(shown) for condition, shown in _conditions(samples, controls)}
     own, *others = answers = _ask_each(variants, asked, recipe.eval, dtype)
@@ -107,6 +111,13 @@ def evaluate_adapter(
         name = "held-out samples" if data is None else Path(data).name
         write_comparison(variants[0].folder, name, record["variants"])
     return record
+
+
+def _never_trained(folder: Path, questions: Sequence[Question]) -> list[str]:
+    """Return how questions are unlike all training samples, each way once."""
+    record = read_config(folder).trained_on
+    lines = (line for one in questions for line in never_trained(record, one.messages, len(one.images)))
+    return [*dict.fromkeys(lines)]
 
 
 def _with_boxes_written(

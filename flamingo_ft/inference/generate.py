@@ -10,6 +10,7 @@ from flamingo_ft.config import RECIPE_FILE
 from flamingo_ft.data.box_writer import BoxWriter
 from flamingo_ft.data.read_like import recorded_sources
 from flamingo_ft.data.schemas.boxes import BoxUnit
+from flamingo_ft.data.sources.tar_samples import IMAGES
 from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import plural
 from flamingo_ft.hub import fetch_model
@@ -53,6 +54,8 @@ def generate_file(
         decoding = Decoding(**options)
     folder = fetch_model(adapter)
     rows = Rows(data, prompt, image_root, box_unit, recorded_sources(folder / RECIPE_FILE))
+    if rows.left_out:
+        log(f"{data}: left out {plural(rows.left_out, 'file')} of other types than {', '.join(IMAGES)}")
     settings = {"model": str(adapter), "data": str(data.absolute()), "prompt": prompt,
                 "box_unit": box_unit,
                 "batch_size": batch_size or BATCH_SIZE, "quantization": quantization, "dtype": dtype,

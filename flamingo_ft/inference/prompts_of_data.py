@@ -38,10 +38,10 @@ class Row:
 class Rows:
     """The rows of a data file, of a dataset's folder, or of a folder of images, in their order.
 
-    prompt: asked about rows that are images alone. count: how many rows there are; None if that is known only
-    at the end. box_unit: of the rows' boxes. known: sources of the run, for files with columns of their
-    names (`read_like`). Iterating yields every row; one that cannot be read has an ``error``. Boxes in
-    prompts are text only once `write_boxes` is set.
+    prompt: asked about rows that are images alone. left_out: files of a folder that are no images. count: how
+    many rows there are; None if that is known only at the end. box_unit: of the rows' boxes. known: sources
+    of the run, for files with columns of their names (`read_like`). Iterating yields every row; one that
+    cannot be read has an ``error``. Boxes in prompts are text only once `write_boxes` is set.
 
     Raises UserError for data without rows or of an unknown format, and for a prompt where rows ask their own
     questions.
@@ -57,7 +57,7 @@ class Rows:
     ):
         self._prompt = prompt
         self.write_boxes: Callable[[Sample], Sample] = lambda sample: sample
-        self._images = image_files(data) if data.is_dir() else []
+        self._images, self.left_out = image_files(data) if data.is_dir() else ([], 0)
         self._source: Source | None = None
         if not self._images:
             self._source = self._open(read_like(data, known, self._open), image_root, box_unit)
@@ -114,9 +114,17 @@ def row_of(sample: Sample) -> Row:
     return Row(sample.where, Prompt(before, sample.images, sample.where), reference, boxes=boxes)
 
 
-def image_files(folder: Path) -> list[Path]:
-    """Return the images in a folder and in those inside it, sorted; none if it holds a dataset's files."""
-    files = sorted(file for file in folder.rglob("*") if not is_system_file(str(file.relative_to(folder))))
+def image_files(folder: Path) -> tuple[list[Path], int]:
+    """Return the images in a folder and in those inside it, sorted, and the number of its other files.
+
+    No images if it holds a dataset's files.
+    """
+    files = sorted(
+        file
+        for file in folder.rglob("*")
+        if file.is_file() and not is_system_file(str(file.relative_to(folder)))
+    )
     if any(file.suffix.lower() in (".arrow", ".parquet", ".json", ".jsonl", ".csv") for file in files):
-        return []
-    return [file for file in files if file.suffix.lower().removeprefix(".") in IMAGES]
+        return [], 0
+    images = [file for file in files if file.suffix.lower().removeprefix(".") in IMAGES]
+    return images, len(files) - len(images)

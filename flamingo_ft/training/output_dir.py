@@ -44,16 +44,24 @@ def prepare_output_dir(
     return moved_to
 
 
-def restore_earlier(earlier: Path, folder: Path) -> bool:
-    """Move an earlier run back to ``folder`` if the run that replaced it failed before its first step.
+def undo_start(folder: Path, earlier: Path | None) -> bool:
+    """Remove a run that failed before its first step; its folder is as before, ready for the next attempt.
 
-    Returns whether it did.
+    A probe of the tower stays. earlier: the run that was in ``folder``, and is moved back. Returns False, and
+    removes nothing, for a run with steps.
     """
+    if earlier is None and not (folder / RECIPE_FILE).is_file():
+        return False
     logs = (log.stat().st_size for log in folder.rglob(LOG_FILE))
     if any(logs) or any(folder.rglob("checkpoints/*")):
         return False
-    shutil.rmtree(folder)
-    earlier.rename(folder)
+    for path in folder.iterdir():
+        if earlier is None and path.name == PROBE_FILE:
+            continue
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    if earlier is not None:
+        folder.rmdir()
+        earlier.rename(folder)
     return True
 
 

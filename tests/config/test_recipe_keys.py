@@ -88,6 +88,7 @@ def test_a_prefix_selects_a_key_and_every_key_below_it(prefix, first, count):
         ("train.epoch", "did you mean train.epochs?"),
         ("batch_size", "did you mean train.batch_size or eval.batch_size?"),
         ("train.dp", "did you mean train.dpo"),
+        ("train.lr", "did you mean train.learning_rate or train.learning_rates?"),
         ("max_newtokens", "eval.max_new_tokens"),
         ("qqqqqq", "a recipe has the sections model, trainable, lora, data, train, eval"),
     ],

@@ -16,7 +16,6 @@ from PIL import Image
 
 from flamingo_ft.config import DataSection, DataSource
 from flamingo_ft.data import open_medium, open_source, read_samples
-from flamingo_ft.data.schemas.schema import COLUMNS_EXAMPLE
 from flamingo_ft.errors import UserError
 
 from .fixtures import FACTS, SCANS, add_files
@@ -583,8 +582,24 @@ BAD_ENTRIES = {
     ),
     "unknown columns": (
         lambda f: write(f, "x.csv", "a,b\n1,2\n"),
-        "FOLDER/x.csv: row 0: no format has these columns, got a, b; name them with columns and format "
-        f"({COLUMNS_EXAMPLE}), or provide those of preference (prompt, chosen, rejected); messages",
+        "FOLDER/x.csv: row 0: no format has these columns, got a, b; name them in the recipe, such as "
+        "columns: {image: COLUMN, question: COLUMN, answer: COLUMN}, or for a new recipe with "
+        "--column image=COLUMN --column question=COLUMN --column answer=COLUMN, or use those of a format",
+    ),
+    "unknown columns of images": (
+        lambda f: write(f, "x.csv", "ort,bild,antwort,frage\nSee,a.png,Ein Boot,Was ist das?\n"),
+        "FOLDER/x.csv: row 0: no format has these columns, got ort, bild, antwort, frage; name them in the "
+        "recipe, such as columns: {image: bild, question: frage, answer: ort}, or for",
+    ),
+    "unknown columns of captions": (
+        lambda f: write(f, "x.csv", "bild;frau frage\na.png;Ein Boot.\n"),
+        "FOLDER/x.csv: row 0: no format has these columns, got bild, frau frage; name them in the recipe, "
+        "such as columns: {image: bild, caption: frau frage}, or for a new recipe with --column image=bild "
+        "--column 'caption=frau frage', or use",
+    ),
+    "unknown field and columns": (
+        lambda f: write(f, "x.csv", "a,b\n1,2\n") | {"columns": {"frage": "a"}},
+        "FOLDER/x.csv: row 0: columns: expected fields, got 'frage'; use answer, answers, ",
     ),
     "unknown field": (
         lambda f: write(f, "x.jsonl", ROW) | {"columns": {"reply": "answer"}},

@@ -123,7 +123,9 @@ def test_a_folder_of_images_is_asked_the_prompt(adapter, predictor, folders, tmp
         shutil.copy(folders[1][0], tmp_path / "photos" / name)
     (tmp_path / "photos" / "notes.txt").write_text("not an image")
     out = tmp_path / "answers.jsonl"
-    generate_file(adapter, tmp_path / "photos", out, prompt=PROMPT, **LENGTH)
+    lines = []
+    generate_file(adapter, tmp_path / "photos", out, prompt=PROMPT, log=lines.append, **LENGTH)
+    assert f"{tmp_path / 'photos'}: left out 1 file of other types than jpg, jpeg, png" in lines[0]
     assert [row["images"] for row in read(out)] == [
         [str(tmp_path / "photos" / name)] for name in ("a.png", "b/1.png")
     ]

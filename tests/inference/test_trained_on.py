@@ -13,6 +13,7 @@ from flamingo_ft.adapters.files import read_config
 from flamingo_ft.adapters.trained_on import generate_options, joined_record, never_trained, record_of_samples
 from flamingo_ft.data import Sample
 from flamingo_ft.data.sample import DOCUMENT
+from flamingo_ft.evaluation.evaluate import evaluate_adapter
 from flamingo_ft.evaluation.merging import merge_adapter
 from flamingo_ft.evaluation.questions import questions_of
 from flamingo_ft.inference.conversation import Conversation
@@ -104,6 +105,14 @@ def test_generate_prints_the_warning_as_one_line_apart_from_the_answer(run, caps
     printed = capsys.readouterr()
     assert printed.out == f"{expected}\n"
     assert printed.err.splitlines()[-1] == f"warning: {caplog.messages[0]}"
+
+
+def test_an_evaluation_of_other_data_names_what_no_training_sample_was_like(run):
+    Path("captions.jsonl").write_text('{"image": "0.png", "caption": "dark"}\n')
+    lines = []
+    evaluate_adapter(run, "captions.jsonl", report=lines.append)
+    evaluate_adapter(run, "train.jsonl", report=lines.append)
+    assert lines == ["warning: got no question, but none of 2 training samples was without one; ask one"]
 
 
 @pytest.mark.slow

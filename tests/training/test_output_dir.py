@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from flamingo_ft.config import LOG_FILE, TrainSection
+from flamingo_ft.config import LOG_FILE, PROBE_FILE, TrainSection
 from flamingo_ft.errors import UserError
 from flamingo_ft.training.output_dir import (
     RECIPE_FILE,
     prepare_output_dir,
     refuse_lost_run,
-    restore_earlier,
+    undo_start,
 )
 
 
@@ -60,10 +60,17 @@ def test_a_run_that_fails_before_its_first_step_gives_the_folder_back(run):
     (run / RECIPE_FILE).write_text("second")
     (run / "checkpoints").mkdir()
     (run / LOG_FILE).write_text("")
-    assert restore_earlier(earlier, run) and contents(run) == before and not earlier.exists()
+    assert undo_start(run, earlier) and contents(run) == before and not earlier.exists()
     earlier = prepare_output_dir(run, overwrite=True)
     (run / LOG_FILE).write_text('{"step": 1, "loss": 2.0}\n')
-    assert not restore_earlier(earlier, run) and contents(earlier) == before
+    assert not undo_start(run, earlier) and contents(earlier) == before
+
+
+def test_a_first_run_that_fails_before_its_first_step_leaves_its_probe_alone(run):
+    (run / PROBE_FILE).write_text("{}")
+    (run / "figures").mkdir()
+    assert undo_start(run, None) and [path.name for path in run.iterdir()] == [PROBE_FILE]
+    assert prepare_output_dir(run) is None
 
 
 def test_a_folder_with_other_files_is_refused_even_with_overwrite(tmp_path):

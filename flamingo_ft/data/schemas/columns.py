@@ -71,6 +71,23 @@ def find_columns(
     return found
 
 
+def guess_columns(row: Row) -> dict[str, str]:
+    """Return which columns of a row could hold its image, question and answer, or its image and caption.
+
+    Nothing for a row without a column of image files and one of text.
+    """
+    values = {name: value for name, value in row.items() if isinstance(value, str) and value.strip()}
+    image = next((name for name, value in values.items() if IMAGE_FILE.fullmatch(value.strip())), None)
+    texts = [name for name in values if name != image]
+    if image is None or not texts:
+        return {}
+    if len(texts) == 1:
+        return {"image": image, "caption": texts[0]}
+    question = next((name for name in texts if values[name].rstrip().endswith("?")), texts[0])
+    answer = next(name for name in texts if name != question)
+    return {"image": image, "question": question, "answer": answer}
+
+
 def unread_columns(row: Row, read: Collection[str]) -> dict[str, Any]:
     """Return the columns that are not empty and not among ``read``."""
     return {

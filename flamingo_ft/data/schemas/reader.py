@@ -177,10 +177,17 @@ class RowReader:
 
 def detect_format(row: Any, columns: Mapping[str, str], where: str) -> str:
     """Return the name of the schema that a row matches once its columns have the names of fields."""
-    options = all_options()
-    columns = {field: column for field, column in columns.items() if field not in options}
-    found = find_columns(_object(row, where, "columns"), columns, all_fields(), where, strict=False)
-    return detect_schema(row_with_fields(row, found), where)
+    options, fields = all_options(), all_fields()
+    known = {field: column for field, column in columns.items() if field in fields and field not in options}
+    found = find_columns(_object(row, where, "columns"), known, fields, where, strict=False)
+    try:
+        return detect_schema(row_with_fields(row, found), where)
+    except UserError:
+        unknown = next((field for field in columns if field not in fields | options), None)
+        if unknown is None:
+            raise
+        names = ", ".join(sorted(fields))
+        raise UserError(f"{where}: columns: expected fields, got {unknown!r}; use {names}") from None
 
 
 def _object(row: Any, where: str, columns: str) -> Row:

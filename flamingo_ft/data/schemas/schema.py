@@ -37,6 +37,7 @@ format that would also match its rows. If images are in ``image`` or ``images``,
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,11 +47,10 @@ from flamingo_ft.config.tables import DATASET_FORMATS
 from flamingo_ft.data.fields import TAR_MEMBERS, Row, is_blank, list_field, type_name
 from flamingo_ft.errors import UserError
 
+from .columns import guess_columns
+
 MEDIA_FIELDS = ("image", "images", "video", "videos")
-COLUMNS_EXAMPLE = (
-    "columns: {question: COLUMN, answer: COLUMN, image: COLUMN}, format: vqa; for a new recipe "
-    "--column question=COLUMN"
-)
+COLUMNS_EXAMPLE = dict.fromkeys(("image", "question", "answer"), "COLUMN")
 COMMON_FIELDS = (*MEDIA_FIELDS, "boxes", "task")  # belong to every schema: they never count as unread columns
 
 
@@ -210,12 +210,21 @@ def detect_schema(row: Any, where: str) -> str:
     name = next((name for name in DATASET_FORMATS if name in SCHEMAS and SCHEMAS[name].matches(row)), None)
     if name is None:
         columns = ", ".join(column for column in row if column != TAR_MEMBERS) or "none"
-        known = "; ".join(f"{name} ({description})" for name, description in DATASET_FORMATS.items())
+        formats = f"{', '.join(DATASET_FORMATS)}; README.md, Your data, has their columns"
         raise UserError(
-            f"{where}: no format has these columns, got {columns}; name them with columns and format "
-            f"({COLUMNS_EXAMPLE}), or provide those of {known}"
+            f"{where}: no format has these columns, got {columns}; {_remedy(guess_columns(row))}, or use "
+            f"those of a format ({formats})"
         )
     return name
+
+
+def _remedy(guess: Mapping[str, str]) -> str:
+    """Return how to name the columns of a row. guess: those that it seems to have."""
+    columns = ", ".join(f"{field}: {column}" for field, column in (guess or COLUMNS_EXAMPLE).items())
+    options = " ".join(
+        shlex.join(["--column", f"{field}={column}"]) for field, column in (guess or COLUMNS_EXAMPLE).items()
+    )
+    return f"name them in the recipe, such as columns: {{{columns}}}, or for a new recipe with {options}"
 
 
 def check_columns(columns: Mapping[str, str], name: str, where: str) -> None:
