@@ -101,7 +101,9 @@ def _run(path: Path, settings: RecipeValues, overwrite: bool, resume: bool) -> N
     elif is_main_process():
         earlier = prepare_output_dir(folder, overwrite=overwrite)
         if earlier:
-            typer.echo(f"moved the earlier run to {earlier}", err=True)
+            typer.echo(
+                f"moved the earlier run to {earlier}; what started from it looks for it in {folder}", err=True
+            )
 
     from flamingo_ft.cli.metrics_table import print_metrics
     from flamingo_ft.cli.output import log
