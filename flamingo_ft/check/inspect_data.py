@@ -89,6 +89,11 @@ class InspectedData:
     unread: dict[str, None] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
+    @property
+    def first_problem(self) -> str:
+        """The first problem, without the path of the file where it is."""
+        return self.problems[0].removeprefix(f"{self.entry.path}: ")
+
 
 class LengthCounter:
     """Count tokens with the tokenizer of ``language`` (a name or folder) if it is on this machine."""

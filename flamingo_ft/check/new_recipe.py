@@ -204,7 +204,7 @@ def _notes(inspected: Sequence[InspectedData]) -> list[str]:
         if data.problems:
             notes.append(
                 f"{path}: {len(data.problems):,} of {data.read:,} rows cannot be used, "
-                f"the first: {data.problems[0]}; flamingo-ft check lists all"
+                f"the first: {data.first_problem}; flamingo-ft check lists all"
             )
         if data.unread:
             notes.append(

@@ -100,7 +100,15 @@ def _message(schema: type[BaseModel], error: ErrorDetails) -> str:
     expected = _EXPECTED[kind].format(**error.get("ctx", {}))
     is_unquoted = kind == "string_type" and isinstance(error["input"], (int, float))
     hint = " (put it in quotes)" if is_unquoted else ""
+    if kind == "tuple_type" and isinstance(error["input"], str):
+        hint = f" such as {_as_list(schema, location, error['input'])}"
     return f"must be {expected}{hint}, got {_value_text(error['input'])}"
+
+
+def _as_list(schema: type[BaseModel], location: Location, value: str) -> str:
+    """Return a list with one value as a recipe has it; a source of data is a mapping."""
+    section = _section_at(schema, (*location, 0))
+    return f"[{{path: {value}}}]" if section is not None and "path" in section.model_fields else f"[{value}]"
 
 
 def _value_text(value: Any) -> str:

@@ -320,10 +320,16 @@ class ClassScores:
 
 def class_scores(evaluation: Mapping[str, Any] | None, metrics: Sequence[Metric]) -> list[ClassScores]:
     """Return the scores of every class of every task that has classes, by the given metrics."""
+    tasks = (evaluation or {}).get("per_task", {})
+    names = {UNNAMED_TASK: "all"} if {*tasks} == {UNNAMED_TASK} else {}
     return [
         ClassScores(
-            task, answer, record["samples"], tuple(record.get(m.name) for m in metrics), record["predicted"]
+            names.get(task, task),
+            answer,
+            record["samples"],
+            tuple(record.get(m.name) for m in metrics),
+            record["predicted"],
         )
-        for task, scores in (evaluation or {}).get("per_task", {}).items()
+        for task, scores in tasks.items()
         for answer, record in (scores.get("classes") or {}).items()
     ]

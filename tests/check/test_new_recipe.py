@@ -196,7 +196,7 @@ def test_unusable_rows_are_noted_and_left_to_the_user(tmp_path):
     rows = [*asked(pictures(tmp_path, 5)), *asked(["gone.png"])]
     notes = write_new_recipe(Path("new.yaml"), RecipeOptions(rows_of(tmp_path / "x.jsonl", rows)))
     (note,) = notes
-    assert "1 of 6 rows cannot be used, the first: " in note and "gone.png" in note
+    assert "x.jsonl: 1 of 6 rows cannot be used, the first: row 5: " in note and "gone.png" in note
     assert load_recipe("new.yaml").data.on_bad_sample == "error"
     assert "gone.png" in Path("new.yaml").read_text()
     with pytest.raises(UserError, match=r"gone.png.*\(and none of the first 1 rows can be used\)"):

@@ -432,6 +432,8 @@ def test_training_nothing_is_refused(folder):
             "lora.language.zzz: unknown key; the keys here are r, lora_alpha, target_modules",
         ),
         ("lora.language={target_modules: 3}", "lora.language.target_modules: must be a list, got 3"),
+        ("data.train=a.csv", "data.train: must be a list such as [{path: a.csv}], got 'a.csv'"),
+        ("eval.metrics=anls", "eval.metrics: must be a list such as [anls], got 'anls'"),
         ("lora.langage={}", "lora.langage: unknown key; did you mean lora.language?"),
     ],
 )
