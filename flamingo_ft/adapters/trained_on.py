@@ -54,13 +54,18 @@ def form_of(messages: Sequence[Mapping[str, Any]]) -> str:
     return QUESTIONS if has_text else IMAGES_ALONE
 
 
+def read_record(folder: Path) -> Record | None:
+    """Return the record of the adapter or merged model in ``folder``; None if it has none."""
+    path = folder / CONFIG_FILE
+    return json.loads(path.read_text(encoding="utf-8")).get("trained_on") if path.is_file() else None
+
+
 def generate_options(folder: Path) -> str:
     """Return options with which ``flamingo-ft generate`` asks the model in ``folder`` as it was trained.
 
     An image and a question, unless its record says otherwise.
     """
-    path = folder / CONFIG_FILE
-    record = json.loads(path.read_text(encoding="utf-8")).get("trained_on") if path.is_file() else None
+    record = read_record(folder)
     if record is None:
         return "--image FILE --prompt TEXT"
     parts = {"--image FILE": record["images"][1] > 0, "--prompt TEXT": QUESTIONS in record["forms"]}

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from flamingo_ft import atomic
-from flamingo_ft.adapters.files import read_config
-from flamingo_ft.adapters.trained_on import never_trained
+from flamingo_ft.adapters.trained_on import never_trained, read_record
 from flamingo_ft.config import RECIPE_FILE, RESULTS_FILE, DataSection, EvalSection, Recipe, load_recipe
 from flamingo_ft.config.loading import parse_override
 from flamingo_ft.config.metric_names import parse_metric
@@ -115,7 +114,7 @@ def evaluate_adapter(
 
 def _never_trained(folder: Path, questions: Sequence[Question]) -> list[str]:
     """Return how questions are unlike all training samples, each way once."""
-    record = read_config(folder).trained_on
+    record = read_record(folder)
     lines = (line for one in questions for line in never_trained(record, one.messages, len(one.images)))
     return [*dict.fromkeys(lines)]
 

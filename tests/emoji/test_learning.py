@@ -132,13 +132,17 @@ def test_a_new_bridge_leaves_plain_text_alone_to_the_bit(here, language):
     prompt = processor.tokenizer(f"<image>{SENTENCES[0]}", return_tensors="pt").input_ids
     plain, pixels = language(input_ids=ids).logits, picture.reshape(1, 1, *picture.shape[-3:])
     assert torch.equal(model(input_ids=ids).logits[..., : plain.shape[-1]], plain)
-    closed_gates = model(input_ids=prompt, pixel_values=pixels).logits
+    closed_gates = model(input_ids=prompt, pixel_values=pixels, output_hidden_states=True)
     for block in filter(None, model.gated_cross_attn_layers):
         block.attn_gate.fill_(0.3)
     open_gates = model(input_ids=prompt, pixel_values=pixels).logits
     assert torch.equal(model(input_ids=ids).logits[..., : plain.shape[-1]], plain)
-    alone = model.lang_encoder(input_ids=prompt).logits
-    assert torch.equal(closed_gates, alone) and not torch.allclose(open_gates, alone, atol=0.1)
+    alone = model.lang_encoder(input_ids=prompt, output_hidden_states=True)
+    assert len(alone.hidden_states) > 1
+    assert all(map(torch.equal, closed_gates.hidden_states, alone.hidden_states))
+    # On some processors, the head's large product of equal states differs in the last bits between calls.
+    assert torch.allclose(closed_gates.logits, alone.logits, rtol=0, atol=1e-4)
+    assert not torch.allclose(open_gates, alone.logits, atol=0.1)
 
 
 def test_four_bits_and_lora_train_merge_and_serve(here, capsys):

@@ -120,6 +120,10 @@ def test_a_merged_model_and_a_run_on_top_keep_the_record(run):
     record = read_config(run).trained_on
     merge_adapter(run, "merged")
     assert json.loads(Path("merged", "config.json").read_text())["trained_on"] == record
+    Path("captions.jsonl").write_text('{"image": "0.png", "caption": "dark"}\n')
+    lines = []
+    evaluate_adapter("merged", "captions.jsonl", report=lines.append)
+    assert len(lines) == 1 and lines[0].startswith("warning: got no question")
     run.rename("start")
     rows = [{"messages": [user("Hello."), assistant("Good day.")]}]
     Path("train.jsonl").write_text("\n".join(map(json.dumps, rows)))
