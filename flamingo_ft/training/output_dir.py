@@ -13,6 +13,7 @@ from pathlib import Path
 from flamingo_ft import atomic
 from flamingo_ft.config import LOG_FILE, METRICS_FILE, PROBE_FILE, RECIPE_FILE, TrainSection
 from flamingo_ft.errors import UserError
+from flamingo_ft.hub.weight_files import ADAPTER_WEIGHTS
 
 
 def prepare_output_dir(
@@ -53,7 +54,7 @@ def undo_start(folder: Path, earlier: Path | None) -> bool:
     if earlier is None and not (folder / RECIPE_FILE).is_file():
         return False
     logs = (log.stat().st_size for log in folder.rglob(LOG_FILE))
-    if any(logs) or any(folder.rglob("checkpoints/*")):
+    if any(logs) or any(folder.rglob(ADAPTER_WEIGHTS)):  # every checkpoint has them, wherever it is
         return False
     for path in folder.iterdir():
         if earlier is None and path.name == PROBE_FILE:

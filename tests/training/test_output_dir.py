@@ -8,6 +8,7 @@ import pytest
 
 from flamingo_ft.config import LOG_FILE, PROBE_FILE, TrainSection
 from flamingo_ft.errors import UserError
+from flamingo_ft.hub.weight_files import ADAPTER_WEIGHTS
 from flamingo_ft.training.output_dir import (
     RECIPE_FILE,
     prepare_output_dir,
@@ -64,6 +65,14 @@ def test_a_run_that_fails_before_its_first_step_gives_the_folder_back(run):
     earlier = prepare_output_dir(run, overwrite=True)
     (run / LOG_FILE).write_text('{"step": 1, "loss": 2.0}\n')
     assert not undo_start(run, earlier) and contents(earlier) == before
+
+
+def test_a_checkpoint_is_never_removed_wherever_it_is(run):
+    checkpoint = run / "mine" / "checkpoint-5"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / ADAPTER_WEIGHTS).write_text("weights")
+    before = contents(run)
+    assert not undo_start(run, None) and contents(run) == before
 
 
 def test_a_first_run_that_fails_before_its_first_step_leaves_its_probe_alone(run):
