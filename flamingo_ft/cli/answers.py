@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from flamingo_ft.cli.arguments import Adapter, AnswerDtype, AnswerQuantization, MaxNewTokens
+from flamingo_ft.cli.arguments import (
+    Adapter,
+    AnswerDtype,
+    AnswerQuantization,
+    BoxUnit,
+    ImageRoot,
+    MaxNewTokens,
+    refuse_options,
+)
 from flamingo_ft.errors import UserError
 
 
@@ -31,16 +39,8 @@ def evaluate(
             exists=True,
         ),
     ] = None,
-    image_root: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER", help="With --data: the folder of its images.", exists=True, file_okay=False
-        ),
-    ] = None,
-    box_unit: Annotated[
-        Literal["pixels", "relative"],
-        typer.Option(help="With --data: unit of its boxes, as data.eval.0.box_unit."),
-    ] = "pixels",
+    image_root: ImageRoot = None,
+    box_unit: BoxUnit = "pixels",
     metric: Annotated[
         list[str] | None,
         typer.Option(
@@ -96,7 +96,7 @@ def evaluate(
     first, *rest = settings or [""]
     of_data = {"--image-root": image_root, "--box-unit": box_unit != "pixels"}
     if first and "=" not in first:
-        _refuse(of_data, "not used with a task, whose files name their images; remove it")
+        refuse_options(of_data, "not used with a task, whose files name their images; remove it")
         _evaluate_task(
             adapter, first, rest, data, metric or (), shots or (0,), seed or (0,), demonstrations, form,
             controls=controls is not False, out=out, quantization=quantization, dtype=dtype,
@@ -105,9 +105,9 @@ def evaluate(
         return
     unused = {"--shots": shots, "--seed": seed, "--demonstrations": demonstrations != "random",
               "--form": form != "chunks"}  # fmt: skip
-    _refuse(unused, "only used with a task, such as vqav2; name one, or remove it")
+    refuse_options(unused, "only used with a task, such as vqav2; name one, or remove it")
     if data is None:
-        _refuse(of_data, "only used with --data; add it, or remove this")
+        refuse_options(of_data, "only used with --data; add it, or remove this")
     from flamingo_ft.cli.metrics_table import print_metrics
     from flamingo_ft.cli.models_table import print_variants
     from flamingo_ft.cli.output import log
@@ -122,13 +122,6 @@ def evaluate(
         print_variants(record["variants"])
     else:
         print_metrics(record)
-
-
-def _refuse(options: Mapping[str, Any], reason: str) -> None:
-    """Raise UserError for the first option that has a value."""
-    for option, value in options.items():
-        if value:
-            raise UserError(f"{option}: {reason}")
 
 
 def _evaluate_task(

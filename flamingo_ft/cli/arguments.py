@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
+
+from flamingo_ft.errors import UserError
 
 Recipe = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a packaged recipe.")
@@ -25,6 +28,16 @@ StartPath = Annotated[
     typer.Option(
         metavar="PATH", help="Current path of the checkpoint the adapter was trained from, if it has moved."
     ),
+]
+ImageRoot = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER", help="With --data: the folder of its images.", exists=True, file_okay=False
+    ),
+]
+BoxUnit = Annotated[
+    Literal["pixels", "relative"],
+    typer.Option(help="With --data: unit of its boxes, as box_unit of a source in a recipe."),
 ]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; it must not exist.")]
 Pretrained = Annotated[str | None, typer.Option(metavar="TAG", help="OpenCLIP's tag of the tower's weights.")]
@@ -116,3 +129,10 @@ AnswerDtype = Annotated[
     Literal["auto", "fp32", "bf16", "fp16"],
     typer.Option(help="Compute in this dtype; auto: bf16 where the machine has instructions for it."),
 ]
+
+
+def refuse_options(options: Mapping[str, Any], reason: str) -> None:
+    """Raise UserError for the first option that is set although it has no effect."""
+    for name, value in options.items():
+        if value:
+            raise UserError(f"{name}: {reason}")

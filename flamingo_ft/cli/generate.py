@@ -7,7 +7,7 @@ import sys
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -15,6 +15,8 @@ from flamingo_ft.cli.arguments import (
     Adapter,
     AnswerDtype,
     AnswerQuantization,
+    BoxUnit,
+    ImageRoot,
     LengthPenalty,
     MaxNewTokens,
     MinNewTokens,
@@ -27,6 +29,7 @@ from flamingo_ft.cli.arguments import (
     Temperature,
     TopK,
     TopP,
+    refuse_options,
 )
 from flamingo_ft.errors import UserError
 
@@ -61,16 +64,8 @@ def generate(
             metavar="FILE", help="With --data: the file of answers, .jsonl or .csv.", dir_okay=False
         ),
     ] = None,
-    image_root: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER", help="With --data: the folder of its images.", exists=True, file_okay=False
-        ),
-    ] = None,
-    box_unit: Annotated[
-        Literal["pixels", "relative"],
-        typer.Option(help="With --data: unit of its boxes, as data.train.0.box_unit."),
-    ] = "pixels",
+    image_root: ImageRoot = None,
+    box_unit: BoxUnit = "pixels",
     batch_size: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="With --data: rows answered together; 8.")
     ] = None,
@@ -103,10 +98,10 @@ def generate(
         unused = {"--out": out, "--image-root": image_root, "--batch-size": batch_size,
                   "--box-unit": box_unit != "pixels", "--skip-bad": skip_bad, "--resume": resume,
                   "--overwrite": overwrite}  # fmt: skip
-        _refuse(unused, "only used with --data")
+        refuse_options(unused, "only used with --data; remove it")
         _generate_one(adapter, image or [], prompt, arguments)
         return
-    _refuse({"--image": image}, "not used with --data, whose rows have their own")
+    refuse_options({"--image": image}, "not used with --data, whose rows have their own; remove it")
     if out is None:
         raise UserError("--out: missing; name the file to write the answers to, such as answers.jsonl")
     from flamingo_ft.inference.generate import generate_file
@@ -188,13 +183,6 @@ def _varied(options: dict[str, Any]) -> dict[str, Any]:
     """Return the options with a new seed if they sample without one: torch's own is always the same."""
     samples = options["temperature"] or options["top_k"] or options["top_p"]
     return {**options, "seed": secrets.randbelow(2**31)} if samples and options["seed"] is None else options
-
-
-def _refuse(options: dict[str, Any], reason: str) -> None:
-    """Raise UserError for an option that was given although it has no effect here."""
-    for name, value in options.items():
-        if value:
-            raise UserError(f"{name}: {reason}; remove it")
 
 
 def _edit_lines() -> None:

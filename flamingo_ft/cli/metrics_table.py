@@ -11,10 +11,18 @@ from rich.table import Table
 
 from flamingo_ft.adapters.card import TextTable
 from flamingo_ft.cli.output import titled_table
-from flamingo_ft.data.sample import UNNAMED_TASK
 from flamingo_ft.evaluation.merge_quality import MADE_UP
 from flamingo_ft.evaluation.metrics import ACCURACY, METRICS, Metric, metrics_in
-from flamingo_ft.evaluation.results import AFTER, BEFORE, BLANK, MAJORITY, SHUFFLED, ScoreTable, score_tables
+from flamingo_ft.evaluation.results import (
+    AFTER,
+    BEFORE,
+    BLANK,
+    MAJORITY,
+    SHUFFLED,
+    ScoreTable,
+    score_tables,
+    shown_name,
+)
 from flamingo_ft.evaluation.run_tables import TRAINED, run_tables
 from flamingo_ft.formatting import percent, plural
 
@@ -97,7 +105,7 @@ def evaluation_lines(evaluation: Mapping[str, Any]) -> Iterator[str]:
         classes = task.get("classes") or {}
         if 2 <= len(classes) <= MAX_CLASSES:
             scores = (f"{label!r} {_class_text(scores, metrics)}" for label, scores in classes.items())
-            yield f"{'all' if {*tasks} == {UNNAMED_TASK} else name}: {', '.join(scores)}"
+            yield f"{shown_name(name, tasks)}: {', '.join(scores)}"
     for name, metric in METRICS.items():
         if name in evaluation and evaluation[name] is None:
             yield f"{metric.label}: not defined on these answers"

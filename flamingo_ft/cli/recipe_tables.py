@@ -51,7 +51,7 @@ def print_findings(record: Mapping[str, Any], as_json: bool, folder: Path) -> No
     for line in problem_lines(record):
         print(f"{kind}: {line}", file=sys.stderr)
     if any(problem["row"] is not None for problem in record["first_problems"]):
-        print("rows are numbered from 0, blank lines and the header of a table left out", file=sys.stderr)
+        print("rows are numbered from 0; blank lines and table headers do not count", file=sys.stderr)
     for line in record["warnings"]:
         print(f"warning: {line}", file=sys.stderr)
     if as_json:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,11 @@ Answers = Mapping[str, Sequence[Prediction]]  # by condition
 def label_of_condition(condition: str) -> str:
     """Return a condition in words: ``with another image``; a task has further ones."""
     return COLUMN_HEADERS.get(condition, f"with {condition.replace('_', ' ')}")
+
+
+def shown_name(task: str, tasks: Collection[str]) -> str:
+    """Return what a task is called in tables: ``all`` if it is the only one and has no name."""
+    return "all" if {*tasks} == {UNNAMED_TASK} else task
 
 
 def overall_key(metric: Metric, column: str) -> str:
@@ -248,7 +253,7 @@ class ScoreTable:
     @property
     def overall_name(self) -> str:
         """The name of the row over all tasks: that of a single task, if it has one."""
-        return next((name for name in self.tasks if len(self.tasks) == 1 and name != UNNAMED_TASK), "all")
+        return shown_name(next(iter(self.tasks)), self.tasks) if len(self.tasks) == 1 else "all"
 
     @property
     def subject(self) -> str:
@@ -321,10 +326,9 @@ class ClassScores:
 def class_scores(evaluation: Mapping[str, Any] | None, metrics: Sequence[Metric]) -> list[ClassScores]:
     """Return the scores of every class of every task that has classes, by the given metrics."""
     tasks = (evaluation or {}).get("per_task", {})
-    names = {UNNAMED_TASK: "all"} if {*tasks} == {UNNAMED_TASK} else {}
     return [
         ClassScores(
-            names.get(task, task),
+            shown_name(task, tasks),
             answer,
             record["samples"],
             tuple(record.get(m.name) for m in metrics),

@@ -13,8 +13,8 @@ from flamingo_ft.data.read_like import read_like
 from flamingo_ft.data.render import is_document
 from flamingo_ft.data.sample import Box, boxes_in, message_text
 from flamingo_ft.data.schemas.boxes import BoxUnit
+from flamingo_ft.data.sources.image_folder import is_image
 from flamingo_ft.data.sources.source import Source
-from flamingo_ft.data.sources.tar_samples import IMAGES
 from flamingo_ft.data.unanswered import UNANSWERED, answer_filler
 from flamingo_ft.errors import UserError
 
@@ -126,5 +126,5 @@ def image_files(folder: Path) -> tuple[list[Path], int]:
     )
     if any(file.suffix.lower() in (".arrow", ".parquet", ".json", ".jsonl", ".csv") for file in files):
         return [], 0
-    images = [file for file in files if file.suffix.lower().removeprefix(".") in IMAGES]
+    images = [file for file in files if is_image(file)]
     return images, len(files) - len(images)

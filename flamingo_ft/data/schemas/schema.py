@@ -220,10 +220,9 @@ def detect_schema(row: Any, where: str) -> str:
 
 def _remedy(guess: Mapping[str, str]) -> str:
     """Return how to name the columns of a row. guess: those that it seems to have."""
-    columns = ", ".join(f"{field}: {column}" for field, column in (guess or COLUMNS_EXAMPLE).items())
-    options = " ".join(
-        shlex.join(["--column", f"{field}={column}"]) for field, column in (guess or COLUMNS_EXAMPLE).items()
-    )
+    named = (guess or COLUMNS_EXAMPLE).items()
+    columns = ", ".join(f"{field}: {column}" for field, column in named)
+    options = " ".join(shlex.join(["--column", f"{field}={column}"]) for field, column in named)
     return f"name them in the recipe, such as columns: {{{columns}}}, or for a new recipe with {options}"
 
 
