@@ -1,4 +1,4 @@
-"""What the training samples of an adapter were like, so that a prompt unlike all of them can be warned of.
+"""A summary of an adapter's training samples, to warn about prompts that are unlike all of them.
 
 The record is ``trained_on`` in the adapter's configuration; adapters of earlier versions have none.
 """
@@ -73,9 +73,9 @@ def generate_options(folder: Path) -> str:
 
 
 def never_trained(record: Record | None, messages: Sequence[Mapping[str, Any]], images: int) -> Iterator[str]:
-    """Yield in which ways a prompt with so many ``images`` is unlike all training samples.
+    """Yield a message for each way in which a prompt is unlike all training samples.
 
-    Nothing without a record, and nothing about few-shot prompts.
+    Nothing without a record, and nothing about few-shot prompts. images: number of images in the prompt.
     """
     if record is None or any(message["role"] == CHUNK for message in messages):
         return

@@ -124,8 +124,8 @@ class DataSection(Section):
     eval: Annotated[tuple[DataSource, ...], LAX] = ()
     """Sources of held-out samples for evaluation. Empty: only those that eval_fraction holds out, if set."""
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Fraction of each training source that is held out for evaluation. Rows that share an image, in any
-    source, stay on the same side of the split, as do copies of an image file. null: nothing is held out."""
+    """Fraction of each training source that is held out for evaluation. Rows with the same image file,
+    or copies of it, stay on the same side of the split, across all sources. null: nothing is held out."""
     template: Literal["auto", "chat", "flamingo"] = "auto"
     """How a dialogue becomes text: with the language model's own chat template (chat), or in Flamingo's plain
     format (flamingo). auto: chat if the model has a template, else flamingo."""

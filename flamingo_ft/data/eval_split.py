@@ -37,8 +37,8 @@ def split_eval(sources: Sequence[Source], fraction: float, seed: int) -> list[tu
     """Return the numbers of the rows to train on and to evaluate on, in order, for each indexed source.
 
     About ``fraction`` of a source's rows are held out, at least one. Rows that share an image, in any source,
-    stay together; files of equal content are one image. Which rows are held out depends on the seed and on
-    what the rows show and say, not on their order or folder.
+    stay together; files with identical content count as the same image. Which rows are held out depends on
+    the seed and the content of the rows, not on their order or folder.
     Rows that cannot be read stay in training, which reports them. Raises UserError if all rows of a source
     are connected by their images.
     """
@@ -154,9 +154,9 @@ def _digest(content: str | bytes) -> bytes:
 
 
 class _FilesBySize:
-    """Image files by their size, so that only files of equal size are read to find equal ones.
+    """Image files grouped by size, so that only files of equal size are read to find identical ones.
 
-    Images in the rows themselves are not kept.
+    Images embedded in rows are ignored.
     """
 
     def __init__(self) -> None:

@@ -48,7 +48,7 @@ class MediaResolver:
 
     @cached_property
     def _real_folders(self) -> dict[str, str]:
-        """Folders of images -> the same, symbolic links resolved: rows have few folders and many images."""
+        """Image folders -> their real paths, cached because rows have many images in few folders."""
         return {}
 
     def image(self, value: Any, where: str) -> Image:

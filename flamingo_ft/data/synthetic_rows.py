@@ -50,7 +50,7 @@ def _schema_of(source: DataSource, method: str) -> str:
     if source.format != "auto":
         if source.format not in ROW_MAKERS and source.format != "mimicit":
             raise UserError(
-                f"format {source.format}: not one of the package, so that it has no synthetic rows; "
+                f"format {source.format}: registered outside the package, without synthetic rows; "
                 "put a few rows of your own in the place of the data"
             )
         return source.format

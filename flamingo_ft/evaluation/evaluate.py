@@ -85,11 +85,11 @@ def evaluate_adapter(
     if card:
         check_has_card(adapter)
     variants = find_variants(adapter, quantization, compare)
-    of_data = {
+    source_options = {
         "image_root": image_root and image_root.absolute(),
         "box_unit": None if box_unit == "pixels" else box_unit,
     }
-    recipe = recipe_for_evaluation(adapter, variants[0].folder, data, overrides, of_data)
+    recipe = recipe_for_evaluation(adapter, variants[0].folder, data, overrides, source_options)
     opened = open_data(recipe.data, recipe.train.seed)
     samples = _with_boxes_written(opened.eval_samples(recipe.eval.max_samples), opened, variants)
     for reason in opened.skipped.values():
@@ -230,11 +230,11 @@ def recipe_for_evaluation(
     folder: Path,
     data: str | Path | None = None,
     overrides: Sequence[str] = (),
-    of_data: Mapping[str, Any] | None = None,
+    source_options: Mapping[str, Any] | None = None,
 ) -> Recipe:
     """Return the recipe beside an adapter with ``data`` and ``overrides`` applied.
 
-    of_data: further keys of ``data``'s entry; those that are None are left as they are.
+    source_options: keys to set in the source that ``data`` becomes; None keeps a key's value.
     Converted adapters and merged models may have no recipe; they are evaluated with default settings.
     """
     for override in overrides:
@@ -243,7 +243,7 @@ def recipe_for_evaluation(
     if not file.is_file():
         file = _NO_RECIPE
         _check_model(adapter, folder, has_samples=data is not None or any(map(_sets_samples, overrides)))
-    values = [*(() if data is None else _data_overrides(Path(data), file, of_data or {})), *overrides]
+    values = [*(() if data is None else _data_overrides(Path(data), file, source_options or {})), *overrides]
     if any(parse_override(override).location == ("eval", "metrics") for override in overrides):
         values.append("eval.metric=loss")  # otherwise the metric that selected would be computed as well
     if load_recipe(file, values, require=()).data.eval_fraction is not None:

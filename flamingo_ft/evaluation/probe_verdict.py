@@ -70,7 +70,8 @@ def _with_model_shares(
 
 
 def _shares(both: Sequence[tuple[ProbeResult, float]]) -> tuple[float, float] | None:
-    """Return what the tower can tell of the answers that it tells apart, and what the model uses of it."""
+    """Return the mean accuracy of the best classifiers and of the model, over the questions that a probe
+    answers better than the majority baseline; None without any."""
     separable = [(result, share) for result, share in both if result.tells_apart]
     if not separable:
         return None

@@ -353,7 +353,7 @@ def test_the_exit_code_is_0_for_good_data_and_2_for_bad_data_with_all_problems(h
     )
     assert lines[-3:] == [
         "error: and 5 more problems",
-        "rows are numbered from 0, blank lines and the header of a table left out",
+        "rows are numbered from 0; blank lines and table headers do not count",
         "error: got 25 bad rows; fix or remove them, or set data.on_bad_sample to skip",
     ]
     page = Path("out/check.html").read_text()

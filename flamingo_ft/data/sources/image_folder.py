@@ -1,7 +1,7 @@
 """Which files of a folder of images belong to which split.
 
-`datasets` also looks for the names of splits in file names and among the classes: "train" is a split to it
-even where it is a picture of a train, and all other pictures are left out.
+`datasets` also searches file names and class folders for the names of splits: a picture of a train whose
+name contains "train" makes it leave out all other pictures.
 """
 
 from __future__ import annotations
