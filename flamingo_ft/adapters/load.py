@@ -85,12 +85,14 @@ def load_adapter(
 def load_trained(
     folder: str | Path,
     *,
+    start: str | Path | None = None,
     quantization: Quantization | Literal["none"] | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
     """Load an adapter's model or a merged one, in eval mode, on the GPU if there is one, and its processor.
 
     Args:
+        start: of an adapter, see `load_adapter`.
         quantization: of the frozen weights; None: as in training, or as a merged model is stored.
         dtype: of all weights but gates and quantized ones; None: see `load_adapter`, and as a merged model is
             stored.
@@ -99,8 +101,8 @@ def load_trained(
     if is_whole_model(folder):
         return load_whole_model(folder, quantization, dtype), read_processor(folder)
     if isinstance(quantization, Quantization):
-        return load_adapter(folder, quantized=quantization, dtype=dtype)
-    return load_adapter(folder, quantized=quantization is None, dtype=dtype)
+        return load_adapter(folder, start=start, quantized=quantization, dtype=dtype)
+    return load_adapter(folder, start=start, quantized=quantization is None, dtype=dtype)
 
 
 def load_whole_model(

@@ -18,12 +18,14 @@ from .files import parts_in_adapter, read_flamingo_config
 from .load import load_base, set_bridge_parameters
 
 
-def base_bridge(folder: Path, model: FlamingoForConditionalGeneration) -> dict[str, Tensor]:
+def base_bridge(
+    folder: Path, model: FlamingoForConditionalGeneration, start: str | Path | None = None
+) -> dict[str, Tensor]:
     """Return the tensors that the adapter in ``folder`` replaces in the bridge of its base.
 
     A bridge that was trained from scratch has no base: its gates are closed, and the rows of the tokens that
     it added are as before training, so that the language model is left alone. Loads the base once more if the
-    adapter continues the training of its bridge.
+    adapter continues the training of its bridge. start: see `load_adapter`.
     """
     config = read_flamingo_config(folder)
     if not config.bridge_init:
@@ -32,7 +34,7 @@ def base_bridge(folder: Path, model: FlamingoForConditionalGeneration) -> dict[s
     parts = parts_in_adapter(config)
     if not parts:
         return {}
-    base = load_base(folder, device="cpu")
+    base = load_base(folder, start=start, device="cpu")
     return {
         name: parameter.detach()
         for name, parameter in base.named_parameters()

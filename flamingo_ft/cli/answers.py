@@ -15,6 +15,7 @@ from flamingo_ft.cli.arguments import (
     BoxUnit,
     ImageRoot,
     MaxNewTokens,
+    StartPath,
     refuse_options,
 )
 from flamingo_ft.errors import UserError
@@ -79,6 +80,7 @@ def evaluate(
     ] = None,
     quantization: AnswerQuantization = None,
     dtype: AnswerDtype = "auto",
+    start: StartPath = None,
     compare: Annotated[
         list[str] | None,
         typer.Option(
@@ -99,7 +101,7 @@ def evaluate(
         refuse_options(of_data, "not used with a task, whose files name their images; remove it")
         _evaluate_task(
             adapter, first, rest, data, metric or (), shots or (0,), seed or (0,), demonstrations, form,
-            controls=controls is not False, out=out, quantization=quantization, dtype=dtype,
+            controls=controls is not False, out=out, start=start, quantization=quantization, dtype=dtype,
             compare=compare or (), card=card,
         )  # fmt: skip
         return
@@ -115,7 +117,7 @@ def evaluate(
 
     record = evaluate_adapter(
         adapter, data, settings or (), log, metric or (),
-        image_root=image_root, box_unit=box_unit, quantization=quantization, dtype=dtype,
+        image_root=image_root, box_unit=box_unit, start=start, quantization=quantization, dtype=dtype,
         controls=bool(controls), out=out, compare=compare or (), card=card,
     )  # fmt: skip
     if compare:
@@ -182,13 +184,14 @@ def serve(
     ] = 64,
     quantization: AnswerQuantization = None,
     dtype: AnswerDtype = "auto",
+    start: StartPath = None,
 ) -> None:
     """Serve a model over an OpenAI-compatible HTTP API until interrupted."""
     from flamingo_ft.inference import server
 
     server.serve(
         model, host, port, allowed_media=allowed_media, image_urls=image_urls, max_body_mib=max_body_mib,
-        quantization=quantization, dtype=dtype,
+        start=start, quantization=quantization, dtype=dtype,
     )  # fmt: skip
 
 
@@ -201,11 +204,13 @@ def demo(
     ] = False,
     quantization: AnswerQuantization = None,
     dtype: AnswerDtype = "auto",
+    start: StartPath = None,
     max_new_tokens: MaxNewTokens = 256,
 ) -> None:
     """Show a web page to try a model: images, streamed answers, where it looks, the adapter on and off."""
     from flamingo_ft.inference import demo
 
     demo.demo(
-        model, host, port, share=share, quantization=quantization, dtype=dtype, max_new_tokens=max_new_tokens
-    )
+        model, host, port, share=share, start=start, quantization=quantization, dtype=dtype,
+        max_new_tokens=max_new_tokens,
+    )  # fmt: skip

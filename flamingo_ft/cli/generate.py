@@ -24,6 +24,7 @@ from flamingo_ft.cli.arguments import (
     NumBeams,
     RepetitionPenalty,
     Seed,
+    StartPath,
     StopString,
     System,
     Temperature,
@@ -45,9 +46,7 @@ def generate(
     ] = None,
     image: Annotated[
         list[Path] | None,
-        typer.Option(
-            metavar="FILE", help="An image; repeat it for several, in order.", exists=True, dir_okay=False
-        ),
+        typer.Option(metavar="FILE", help="An image; repeat it for several, in order.", exists=True),
     ] = None,
     data: Annotated[
         Path | None,
@@ -91,6 +90,7 @@ def generate(
     seed: Seed = None,
     quantization: AnswerQuantization = None,
     dtype: AnswerDtype = "auto",
+    start: StartPath = None,
 ) -> None:
     """Answer a prompt about images, or every row of a file."""
     arguments = locals()
@@ -114,6 +114,7 @@ def generate(
         image_root=image_root,
         box_unit=box_unit,
         batch_size=batch_size,
+        start=start,
         quantization=quantization,
         dtype=dtype,
         skip_bad=skip_bad,
@@ -137,6 +138,7 @@ def chat(
     seed: Seed = None,
     quantization: AnswerQuantization = None,
     dtype: AnswerDtype = "auto",
+    start: StartPath = None,
 ) -> None:
     """Talk with a model in the terminal; /image FILE shows it an image, /help lists the commands."""
     arguments = locals()
@@ -145,7 +147,9 @@ def chat(
     from flamingo_ft.inference.predictor import Predictor
 
     options = _varied(_decoding(arguments))
-    predictor = Predictor.from_pretrained(adapter, quantization=quantization, dtype=dtype, **options)
+    predictor = Predictor.from_pretrained(
+        adapter, start=start, quantization=quantization, dtype=dtype, **options
+    )
     interactive = sys.stdin.isatty()
     if interactive:
         _edit_lines()
@@ -161,10 +165,15 @@ def chat(
 def _generate_one(adapter: str, images: list[Path], prompt: str | None, arguments: dict[str, Any]) -> None:
     if prompt is None and not images:
         raise UserError("--prompt: missing; ask something, or name an --image to caption")
+    if folder := next((path for path in images if path.is_dir()), None):
+        raise UserError(
+            f"--image: {folder} is a folder; name a file, or ask about every image of the folder with "
+            f"--data {folder} --out answers.jsonl"
+        )
     from flamingo_ft.inference.answer import answer_with_boxes
 
-    options = {name: arguments[name] for name in ("quantization", "dtype")} | _varied(_decoding(arguments))
-    text, boxes = answer_with_boxes(adapter, images, prompt, **options)
+    loading = {name: arguments[name] for name in ("start", "quantization", "dtype")}
+    text, boxes = answer_with_boxes(adapter, images, prompt, **loading, **_varied(_decoding(arguments)))
     typer.echo(text)
     if boxes:
         pixels = ", ".join(str([round(side) for side in box]) for box in boxes)

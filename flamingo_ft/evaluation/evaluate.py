@@ -58,6 +58,7 @@ def evaluate_adapter(
     *,
     image_root: Path | None = None,
     box_unit: BoxUnit = "pixels",
+    start: str | Path | None = None,
     quantization: str | None = None,
     dtype: str = "auto",
     controls: bool = False,
@@ -71,10 +72,11 @@ def evaluate_adapter(
     its recipe. overrides: ``key=value`` for the recipe's ``data.eval`` and ``eval`` sections; with ``data``,
     ``data.eval.0`` is that file. image_root, box_unit: where the images of ``data`` are, and the unit of its
     boxes. report: called with a line for each skipped sample. metrics: names of more metrics, or users'
-    functions (``FILE.py:function``, relative to the current directory). quantization, dtype: see
-    `Predictor.from_pretrained`. controls: ask again with the images of other samples and with gray ones. out:
-    folder for results.json, predictions.jsonl and results.html. compare: variants to ask the same questions,
-    see `find_variants`. card: write the scores of the variants into the card (README.md) of the adapter.
+    functions (``FILE.py:function``, relative to the current directory). start, quantization,
+    dtype: see `Predictor.from_pretrained`. controls: ask again with the images of other samples and with gray
+    ones. out: folder for results.json, predictions.jsonl and results.html. compare: variants to ask the same
+    questions, see `find_variants`. card: write the scores of the variants into the card (README.md) of the
+    adapter.
 
     Returns ``eval``, as in metrics.json, and ``variants``: the scores with their intervals, of the model
     first, then of what it is compared with (`compare_variants`). Raises UserError for keys that evaluation
@@ -84,7 +86,7 @@ def evaluate_adapter(
     more = [parse_metric(name) for name in metrics]
     if card:
         check_has_card(adapter)
-    variants = find_variants(adapter, quantization, compare)
+    variants = find_variants(adapter, quantization, compare, start)
     source_options = {
         "image_root": image_root and image_root.absolute(),
         "box_unit": None if box_unit == "pixels" else box_unit,

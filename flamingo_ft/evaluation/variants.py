@@ -12,7 +12,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,12 +44,17 @@ Answer = TypeVar("Answer")
 
 @dataclass(frozen=True)
 class Variant:
-    """A model to ask. name: in tables and records. adapter_off: ask its base instead, see `switched_off`."""
+    """A model to ask.
+
+    name: in tables and records. adapter_off: ask its base instead, see `switched_off`. start, quantization:
+    see `Predictor.from_pretrained`.
+    """
 
     name: str
     folder: Path
     quantization: str | None = None
     adapter_off: bool = False
+    start: str | Path | None = None
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,10 @@ class VariantAnswers:
 
 
 def find_variants(
-    model: str | Path, quantization: str | None = None, compared: Sequence[str] = ()
+    model: str | Path,
+    quantization: str | None = None,
+    compared: Sequence[str] = (),
+    start: str | Path | None = None,
 ) -> list[Variant]:
     """Return the variants to ask, the model itself first.
 
@@ -74,11 +82,12 @@ def find_variants(
         quantization: of the model, its base and other models; see `Predictor.from_pretrained`.
         compared: `BASE` for the model without its adapter, a format (none, int8, nf4, fp4) for the model
             quantized so, or another adapter or merged model.
+        start: of the model, its base and its formats; see `Predictor.from_pretrained`.
 
     Raises:
         UserError: a variant does not exist, is named twice, or cannot be loaded in this way.
     """
-    first = Variant(str(model), fetch_model(model), quantization)
+    first = Variant(str(model), fetch_model(model), quantization, start=start)
     variants = [first]
     for name in compared:
         variant = _find(name, first)
@@ -98,10 +107,10 @@ def _find(name: str, first: Variant) -> Variant:
                 f"--compare base: {first.name} is a whole model and has no adapter to switch off; "
                 "evaluate its adapter, or name another variant"
             )
-        return Variant(name, first.folder, first.quantization, adapter_off=True)
+        return replace(first, name=name, adapter_off=True)
     if name in FORMATS:
         _check_loadable(first.folder, name)
-        return Variant(name, first.folder, name)
+        return replace(first, name=name, quantization=name)
     if hub_name(name) is None and not Path(name).expanduser().exists():
         remedy = f"use {', '.join(NAMES)}, or another adapter or merged model"
         raise UserError(f"--compare: {missing_path_message(name, 'folder', remedy=remedy)}")
@@ -137,9 +146,11 @@ def use_variant(variant: Variant, use: Callable[[Predictor], Answer], **options:
 
 def _use(variant: Variant, use: Callable[[Predictor], Answer], options: Mapping[str, Any]) -> Answer:
     with ExitStack() as stack:
-        predictor = Predictor.from_pretrained(variant.folder, quantization=variant.quantization, **options)
+        predictor = Predictor.from_pretrained(
+            variant.folder, start=variant.start, quantization=variant.quantization, **options
+        )
         if variant.adapter_off:
-            bridge = base_bridge(variant.folder, predictor.model)
+            bridge = base_bridge(variant.folder, predictor.model, variant.start)
             stack.enter_context(switched_off(predictor.model, bridge))
         return use(predictor)
 

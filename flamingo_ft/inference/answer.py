@@ -22,13 +22,18 @@ def answer(
     prompt: str | None,
     max_new_tokens: int = MAX_NEW_TOKENS,
     *,
+    start: str | Path | None = None,
     quantization: str | Quantization | None = None,
     dtype: str = "auto",
     **options: Any,
 ) -> str:
-    """Load an adapter or a merged model and answer one prompt about image files; see `Predictor.__call__`."""
+    """Load an adapter or a merged model and answer one prompt about image files; see `Predictor.__call__`.
+
+    start, quantization, dtype: see `Predictor.from_pretrained`.
+    """
+    loading = {"start": start, "quantization": quantization, "dtype": dtype}
     options["max_new_tokens"] = max_new_tokens
-    return answer_with_boxes(adapter, images, prompt, quantization=quantization, dtype=dtype, **options)[0]
+    return answer_with_boxes(adapter, images, prompt, **loading, **options)[0]
 
 
 def answer_with_boxes(
@@ -36,6 +41,7 @@ def answer_with_boxes(
     images: Sequence[str | Path],
     prompt: str | None,
     *,
+    start: str | Path | None = None,
     quantization: str | Quantization | None = None,
     dtype: str = "auto",
     **options: Any,
@@ -45,7 +51,9 @@ def answer_with_boxes(
     decoding = Decoding(**options)
     for path in images:
         open_image(path)  # a bad path should fail before the model is loaded
-    predictor = Predictor.from_pretrained(adapter, quantization=quantization, dtype=dtype, image_cache_mib=0)
+    predictor = Predictor.from_pretrained(
+        adapter, start=start, quantization=quantization, dtype=dtype, image_cache_mib=0
+    )
     predictor.decoding = decoding
     (text,) = predictor.answer([question])
     return text, predictor.boxes_in(text, images[0]) if images else []

@@ -32,6 +32,7 @@ def generate_file(
     image_root: Path | None = None,
     box_unit: BoxUnit = "pixels",
     batch_size: int | None = None,
+    start: str | Path | None = None,
     quantization: str | None = None,
     dtype: str = "auto",
     skip_bad: bool = False,
@@ -45,8 +46,8 @@ def generate_file(
     data: a file in a format that training reads, where answers may be missing, or a folder of images, about
     which ``prompt`` is asked. box_unit: of the rows' boxes. out, resume, overwrite: see `AnswersFile`.
     skip_bad: see `answer_rows`.
-    quantization, dtype, options: see `Predictor.from_pretrained` and `Decoding`. log: called with lines about
-    skipped rows, and a last one with the numbers.
+    start, quantization, dtype, options: see `Predictor.from_pretrained` and `Decoding`. log: called with
+    lines about skipped rows, and a last one with the numbers.
     """
     decoding = Decoding(**options)
     if decoding.samples and decoding.seed is None:
@@ -68,6 +69,7 @@ def generate_file(
     try:
         predictor = Predictor.from_pretrained(
             folder,
+            start=start,
             quantization=quantization,
             dtype=dtype,
             batch_size=batch_size or BATCH_SIZE,

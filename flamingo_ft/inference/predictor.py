@@ -83,6 +83,7 @@ class Predictor:
         cls,
         name_or_folder: str | Path,
         *,
+        start: str | Path | None = None,
         quantization: str | Quantization | None = None,
         dtype: str = "auto",
         image_cache_mib: int = IMAGE_CACHE_MIB,
@@ -90,6 +91,7 @@ class Predictor:
     ) -> Predictor:
         """Load an adapter or a merged model, from a folder or by ``org/name[@revision]`` on the Hub.
 
+        start: where the bridge that an adapter builds on is now, if not at its recorded path.
         quantization: of the frozen backbones: ``"int8"``, ``"nf4"``, ``"fp4"``, ``"none"``, or a
         `Quantization`; by default as in training, or as the merged model is stored. dtype: of the other
         weights, and of the computation: ``"fp32"``, ``"bf16"``, ``"fp16"``, or ``"auto"``, see
@@ -102,7 +104,9 @@ class Predictor:
             raise UserError(f"quantization: must be one of {known}, got {quantization}")
         if isinstance(quantization, str) and quantization != "none":
             quantization = Quantization(quantization)
-        loaded = load_trained(name_or_folder, quantization=quantization, dtype=inference_dtype(dtype))
+        loaded = load_trained(
+            name_or_folder, start=start, quantization=quantization, dtype=inference_dtype(dtype)
+        )
         return cls(*loaded, image_cache_mib=image_cache_mib, **options)
 
     def __call__(self, images: Any, prompt: str | None = None, **options: Any) -> str:

@@ -153,7 +153,7 @@ MISTAKES = [
         ["eval", "run", "--data", "gone.jsonl"],
         "'gone.jsonl' does not exist; see flamingo-ft eval --help",
     ),
-    (["generate", "run", "--prompt", "?", "--image", "gone.png"], "file 'gone.png' does not exist"),
+    (["generate", "run", "--prompt", "?", "--image", "gone.png"], "path 'gone.png' does not exist"),
     (["generate", "run"], "--prompt: missing; ask something, or name an --image to caption"),
     (["generate", "run", "--data", "a.png"], "--out: missing; name the file to write the answers to"),
     (["chat"], "Missing argument 'ADAPTER'"),
@@ -207,6 +207,13 @@ def test_a_user_error_from_inside_the_package_is_printed_like_any_other(
     entry_point(inference, "answer", "answer_with_boxes", error)
     assert cli.main(["generate", "run", "--prompt", "?"]) == 2
     assert capsys.readouterr().err == expected
+
+
+def test_a_folder_as_the_image_names_the_option_for_folders(here, capsys):
+    (here / "photos").mkdir()
+    assert cli.main(["generate", "run", "--prompt", "?", "--image", "a.png", "--image", "photos"]) == 2
+    expected = "error: --image: photos is a folder; name a file, or ask about every image of the folder with"
+    assert capsys.readouterr().err == f"{expected} --data photos --out answers.jsonl\n"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """A mistyped path is refused by its own name wherever a model is named, without a request to the Hub."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,9 @@ from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcesso
 WRONG = "runs/quickstrt"
 NEAREST = "did you mean runs/quickstart?"
 
+SERVER = pytest.mark.skipif(not is_serve_available(), reason="needs the server's packages")
+DEMO = pytest.mark.skipif(find_spec("gradio") is None, reason="needs the demo's packages")
+
 COMMANDS = [
     ["generate", WRONG, "--prompt", "What?", "--image", "0.png"],
     ["eval", WRONG],
@@ -27,10 +31,13 @@ COMMANDS = [
     ["train", "recipe.yaml", f"model.language.name={WRONG}"],
     ["plan", "recipe.yaml", f"model.vision.name={WRONG}"],
     ["check", "recipe.yaml", f"model.language.name={WRONG}"],
-    pytest.param(
-        ["serve", WRONG],
-        marks=pytest.mark.skipif(not is_serve_available(), reason="needs the server's packages"),
-    ),
+    ["generate", "start", "--prompt", "What?", "--start", WRONG],
+    ["generate", "start", "--data", "train.jsonl", "--out", "out.csv", "--start", WRONG],
+    ["chat", "start", "--start", WRONG],
+    ["eval", "start", "--data", "train.jsonl", "--start", WRONG],
+    pytest.param(["serve", WRONG], marks=SERVER),
+    pytest.param(["serve", "start", "--port", "8765", "--start", WRONG], marks=SERVER),
+    pytest.param(["demo", "start", "--start", WRONG], marks=DEMO),
 ]
 CALLS = [
     load_adapter,
@@ -62,7 +69,7 @@ def test_a_command_names_the_nearest_path(here, hub, capsys, arguments):
         and "did you mean " in lines[0]
         and "runs/quickstart?" in lines[0]
     )
-    assert hub.requests == [] and not Path("out").exists()
+    assert hub.requests == [] and not list(Path().glob("out*"))
 
 
 @pytest.mark.parametrize("call", CALLS)

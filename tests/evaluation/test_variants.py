@@ -72,6 +72,29 @@ def test_each_variant_answers_as_the_model_that_it_names(models):
     assert base == answers_of(*untrained) != [row["after"] for row in rows]
 
 
+def test_a_model_and_its_base_are_found_where_their_bridge_moved(models, capsys):
+    regimes.write_start(models / "continued", "model.init_from=start", regimes.LORA)
+    asked = ["continued", "--data", "samples.jsonl", "--compare", "base", "--compare", "nf4", *SHORT]
+    assert main(["eval", *asked, "--out", "before"]) == 0
+    shutil.move("start", "moved")
+    capsys.readouterr()
+    assert main(["eval", *asked]) == 2
+    assert "put it beside the adapter, or say where it is now (--start PATH" in capsys.readouterr().err
+    assert main(["eval", *asked, "--start", "moved", "--out", "after"]) == 0
+    assert load_predictions(Path("after")) == load_predictions(Path("before"))
+
+
+@pytest.mark.parametrize(
+    "what", [["--image", "0.png"], ["--data", "samples.jsonl", "--out", "answers.jsonl"]], ids=["one", "file"]
+)
+def test_generate_finds_a_bridge_that_moved(models, what):
+    regimes.write_start(models / "adapter", *regimes.REGIMES["LoRA only"])
+    shutil.move("start", "moved")
+    asked = ["generate", "adapter", "--prompt", "Which shade?", *what, "--max-new-tokens", "2"]
+    assert main(asked) == 2
+    assert main([*asked, "--start", "moved"]) == 0
+
+
 @pytest.mark.slow  # merging and its checks load five models
 def test_a_merged_model_answers_as_its_adapter(models):
     merge_adapter("start", "merged", dtype=torch.float32)

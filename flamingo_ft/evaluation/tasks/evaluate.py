@@ -46,6 +46,7 @@ def evaluate_task(
     seeds: Sequence[int] = (0,),
     metrics: Sequence[str] = (),
     controls: bool = True,
+    start: str | Path | None = None,
     quantization: str | None = None,
     dtype: str = "auto",
     batch_size: int | None = None,
@@ -59,10 +60,10 @@ def evaluate_task(
 
     data: folder of the task's published files. protocol: how it is asked; its shots and seed are replaced.
     metrics: names of more metrics. controls: ask again with other images, gray ones, and shuffled
-    demonstrations, for the first seed. quantization, dtype: see `Predictor.from_pretrained`. cache: see
-    `prepare`. out: folder for results.json, predictions.jsonl and a page of answers for each number of shots.
-    compare: variants to ask the same prompts, those of the first seed; see `find_variants`. card: write the
-    scores into the card (README.md) of the model. log: called with a line for each run.
+    demonstrations, for the first seed. start, quantization, dtype: see `Predictor.from_pretrained`. cache:
+    see `prepare`. out: folder for results.json, predictions.jsonl and a page of answers for each number of
+    shots. compare: variants to ask the same prompts, those of the first seed; see `find_variants`. card:
+    write the scores into the card (README.md) of the model. log: called with a line for each run.
 
     Returns ``runs``, a `task_record` each, and ``over_seeds``; for a comparison or a card also ``variants``,
     the records of `compare_variants`, each with its ``shots``. Raises UserError for an unknown task or
@@ -73,7 +74,7 @@ def evaluate_task(
     selected = metrics_of(task, metrics)
     if card:
         check_has_card(model)
-    variants = find_variants(model, quantization, compare)
+    variants = find_variants(model, quantization, compare, start)
     task.eval_examples(task.open(data))  # wrong files should fail before the model is loaded
     every = (replace(protocol, shots=count, seed=seed) for count in shots for seed in seeds)
     protocols = list(dict.fromkeys(every))

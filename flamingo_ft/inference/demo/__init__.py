@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from flamingo_ft.adapters.switched_off import base_bridge
@@ -25,21 +26,24 @@ def demo(
     port: int,
     *,
     share: bool = False,
+    start: str | Path | None = None,
     quantization: str | None = None,
     dtype: str = "auto",
     **options: Any,
 ) -> None:
     """Load an adapter or a merged model and serve its page until interrupted.
 
-    share: let Gradio make a public link; without it, the page is on ``host`` alone. quantization, dtype,
-    options: see `Predictor.from_pretrained`. Raises UserError if Gradio is not installed or the port is in
-    use.
+    share: let Gradio make a public link; without it, the page is on ``host`` alone. start,
+    quantization, dtype, options: see `Predictor.from_pretrained`. Raises UserError if Gradio is not installed
+    or the port is in use.
     """
     if find_spec("gradio") is None:
         raise UserError(f"demo: Gradio is not installed; run: {INSTALL}")
     folder = fetch_model(model)
-    predictor = Predictor.from_pretrained(folder, quantization=quantization, dtype=dtype, **options)
-    bridge = None if is_whole_model(folder) else base_bridge(folder, predictor.model)
+    predictor = Predictor.from_pretrained(
+        folder, start=start, quantization=quantization, dtype=dtype, **options
+    )
+    bridge = None if is_whole_model(folder) else base_bridge(folder, predictor.model, start)
 
     from .page import build_page  # these need the packages of the extra
     from .serving import private_folder, serve_page
