@@ -86,7 +86,7 @@ def _evaluation_table(scores: ScoreTable) -> Table:
     headers = [_COLUMNS[column] for column in scores.columns]
     if BEFORE not in scores.columns and SHUFFLED not in scores.columns:
         headers = [metric.label if header == "after" else header for header in headers]
-    table = Table(title=f"{metric.label} on {scores.subject}", title_justify="left")
+    table = Table(title=f"{scores.label} on {scores.subject}", title_justify="left")
     table.add_column("task")
     for header in ["questions", *headers]:
         table.add_column(header, justify="right")

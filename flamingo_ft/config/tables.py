@@ -99,7 +99,8 @@ DATASET_FORMATS = {
 _TOKENS = {"": "plain tokens, not the official ones", "_ptb": "official tokens (needs the extra `metrics`)"}
 METRIC_DESCRIPTIONS = {
     "loss": "cross-entropy of the reference answers, in nats per token; lower is better",
-    "accuracy": "fraction of generated answers that equal a reference answer; higher is better",
+    "accuracy": "fraction of generated answers that equal a reference answer; of answers with boxes, iou_50; "
+    "higher is better",
     "vqa_accuracy": "official VQA accuracy against the answers of several people; higher is better",
     "anls": "similarity of characters to the nearest reference answer; higher is better",
     **{f"cider_d{suffix}": f"CIDEr-D with {tokens}; higher is better" for suffix, tokens in _TOKENS.items()},

@@ -24,7 +24,15 @@ from flamingo_ft.formatting import plural
 from .image_loss_gap import ImageLossGap
 from .image_use import image_use
 from .loss_by_kind import LossByKind, loss_record
-from .metrics import ACCURACY, Metric, Prediction, metrics_in, normalize, user_metrics_record
+from .metrics import (
+    ACCURACY,
+    Metric,
+    Prediction,
+    capitalized,
+    metrics_in,
+    normalize,
+    user_metrics_record,
+)
 from .question_boxes import boxes_record
 from .questions import Question
 from .reference_answers import classes_of, is_free_text, most_frequent_answer
@@ -64,6 +72,11 @@ def task_key(metric: Metric, column: str) -> str:
     return column if metric is ACCURACY and column != AFTER else overall_key(metric, column)
 
 
+def samples_key(metric: Metric) -> str:
+    """Return the key of the number of questions that a metric of some questions only is defined on."""
+    return f"{metric.name}_samples"
+
+
 @dataclass
 class Results:
     """Answers to the same questions under several conditions: ``BEFORE``, ``AFTER`` and ``SHUFFLED``.
@@ -90,10 +103,12 @@ class Results:
     def summary(self) -> dict[str, Any]:
         """Return the ``eval`` record of metrics.json: metrics, overall and per task, and their baselines.
 
-        A metric that is not defined on the answers is None, such as F1 without a positive one. With answers
+        A metric that is not defined on the answers is None, such as F1 without a positive one; of a metric of
+        some questions only, such as those with boxes, ``<name>_samples`` is their number. With answers
         to other images, ``verdict`` says in a sentence whether the model uses its images. ``rows`` is the
-        number of rows that the questions are from, if some have several. ``image_loss_gap`` and
-        ``loss_by_kind`` are there if they were measured.
+        number of rows that the questions are from, if some have several, and ``boxes`` that of questions
+        with boxes in their answers, if any. ``image_loss_gap`` and ``loss_by_kind`` are there if they were
+        measured.
         """
         by_task: dict[str, list[int]] = defaultdict(list)
         for index, question in enumerate(self.questions):
@@ -105,6 +120,8 @@ class Results:
         rows = len({question.sample for question in self.questions})
         if 1 < rows < len(self.questions):  # questions without data are all of sample 0
             record["rows"] = rows
+        if boxes := sum(bool(question.boxes) for question in self.questions):
+            record["boxes"] = boxes
         gap = self.image_loss_gap
         if gap is not None:
             record["image_loss_gap"] = asdict(gap)
@@ -128,11 +145,15 @@ class Results:
         self, scores: Scores, indices: Sequence[int] | None, key: Callable[[Metric, str], str]
     ) -> dict[str, Any]:
         """Return every metric under every condition over a part of the questions; key: its name there."""
-        return {
+        values = {
             key(metric, condition): scores.value(metric, condition, indices)
             for metric in self.metrics
             for condition in scores.statistics[metric.name]
         }
+        counts = {
+            samples_key(metric): scores.count(metric, indices) for metric in self.metrics if metric.only
+        }
+        return values | counts
 
     def _task_record(self, scores: Scores, indices: Sequence[int]) -> dict[str, Any]:
         questions = [self.questions[index] for index in indices]
@@ -235,7 +256,8 @@ class TaskScores:
 class ScoreTable:
     """The scores of one metric, for the terminal, the report and the model card.
 
-    columns: those of `COLUMNS` that were measured. tasks: rows by task; overall: the row over all tasks.
+    columns: those of `COLUMNS` that were measured. tasks: rows by task, of those that the metric is defined
+    on; overall: the row over them. questions: of all tasks; boxes: those of them with boxes in their answers.
     data_rows: rows of data that the questions are from; None if each has one question.
     """
 
@@ -243,6 +265,9 @@ class ScoreTable:
     columns: tuple[str, ...]
     tasks: dict[str, TaskScores]
     overall: TaskScores
+    all_tasks: tuple[str, ...]
+    questions: int
+    boxes: int = 0
     data_rows: int | None = None
 
     @property
@@ -253,14 +278,21 @@ class ScoreTable:
     @property
     def overall_name(self) -> str:
         """The name of the row over all tasks: that of a single task, if it has one."""
-        return shown_name(next(iter(self.tasks)), self.tasks) if len(self.tasks) == 1 else "all"
+        return shown_name(next(iter(self.tasks)), self.all_tasks) if len(self.tasks) == 1 else "all"
+
+    @property
+    def label(self) -> str:
+        """What is scored; if answers with boxes are scored by another metric, also by which."""
+        return self.metric.label_with(self.boxes)
 
     @property
     def subject(self) -> str:
         """What the scores are of, in words, with the number of questions where that of rows differs."""
+        questions = plural(self.overall.samples, "question")
+        if self.overall.samples < self.questions:
+            return f"held-out samples: {questions} {self.metric.only}"
         if self.data_rows is None:
             return "held-out samples"
-        questions = plural(self.overall.samples, "question")
         return f"held-out samples: {questions} in {plural(self.data_rows, 'row')}"
 
 
@@ -273,40 +305,45 @@ def score_tables(evaluation: Mapping[str, Any] | None) -> list[ScoreTable]:
 
 def _table(metric: Metric, evaluation: Mapping[str, Any]) -> ScoreTable:
     measured = tuple(column for column in COLUMNS if evaluation.get(overall_key(metric, column)) is not None)
+    per_task = evaluation["per_task"]
     tasks = {
         name: TaskScores(
-            record["samples"], tuple(record.get(task_key(metric, column)) for column in measured)
+            record.get(samples_key(metric), record["samples"]),  # which earlier versions did not write
+            tuple(record.get(task_key(metric, column)) for column in measured),
         )
-        for name, record in evaluation["per_task"].items()
+        for name, record in per_task.items()
+        if not metric.only or record.get(task_key(metric, AFTER)) is not None
     }
     samples = sum(task.samples for task in tasks.values())
     overall = TaskScores(samples, tuple(evaluation[overall_key(metric, column)] for column in measured))
-    return ScoreTable(metric, measured, tasks, overall, evaluation.get("rows"))
+    questions, boxes = sum(record["samples"] for record in per_task.values()), evaluation.get("boxes", 0)
+    return ScoreTable(
+        metric, measured, tasks, overall, tuple(per_task), questions, boxes, evaluation.get("rows")
+    )
 
 
 def card_tables(evaluation: Mapping[str, Any] | None) -> list[CardTable]:
-    """Return `score_tables` as text for the model card, with a column for every condition."""
+    """Return `score_tables` as text for the model card."""
     return [_card_table(table) for table in score_tables(evaluation)]
 
 
 def _card_table(table: ScoreTable) -> CardTable:
     metric = table.metric
 
-    def cells(row: TaskScores) -> list[str]:
-        by_column = dict(zip(table.columns, row.values, strict=True))
-        return [metric.text(by_column.get(column)) for column in COLUMNS]
-
     shown = {**table.shown_tasks, table.overall_name: table.overall}
-    rows = [[task, f"{row.samples:,}", *cells(row)] for task, row in shown.items()]
+    rows = [[task, f"{row.samples:,}", *map(metric.text, row.values)] for task, row in shown.items()]
+    description, hub_type = metric.description or metric.label, metric.hub_type or metric.name
+    if table.boxes and metric.of_boxes is not None:
+        description, hub_type = f"{description}; with boxes, {metric.of_boxes.label}", metric.name
     after = table.columns.index(AFTER)
     scores = {"all": table.overall.values[after]}
     if len(table.tasks) > 1:
         scores |= {task: row.values[after] for task, row in table.tasks.items()}
     return CardTable(
-        title=f"{metric.title} on {table.subject}",
-        description=metric.description or metric.label,
-        hub_type=metric.hub_type or metric.name,
-        columns=[COLUMN_HEADERS[column] for column in COLUMNS],
+        title=f"{capitalized(table.label)} on {table.subject}",
+        description=description,
+        hub_type=hub_type,
+        columns=[COLUMN_HEADERS[column] for column in table.columns],
         rows=rows,
         values={task: value for task, value in scores.items() if value is not None},
     )

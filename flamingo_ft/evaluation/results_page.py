@@ -46,6 +46,7 @@ class PageRow:
     question: str
     references: Sequence[str]
     answer: str
+    metric: Metric
     score: float
     others: Mapping[str, str]
 
@@ -64,13 +65,14 @@ def write_results_page(
     """Write the page of an evaluation.
 
     lines: what it found, in words. answers: by condition; the page is about those of the first. metrics: the
-    first that scores single answers in 0..1 orders them, else exact match. tables: scores, for the top.
+    first that scores single answers in 0..1 orders them, else accuracy; answers with boxes IoU. tables:
+    scores, for the top.
     variants: answers of further models by their name.
     """
     main, *conditions = answers
     others = {label_of_condition(condition): answers[condition] for condition in conditions}
     others |= variants or {}
-    metric, scores = _scores(questions, answers[main], metrics)
+    scored_by, scores = _scores(questions, answers[main], metrics)
     order = sorted(range(len(questions)), key=lambda index: scores[index])[:MAX_ROWS]
     rows = []
     for index in order:
@@ -82,6 +84,7 @@ def write_results_page(
             display_text(question.messages[-1]).replace(MEDIA_TOKEN, "").strip(),
             question.references,
             str(answers[main][index]),
+            scored_by[index],
             float(scores[index]),
             {name: str(given[index]) for name, given in others.items()},
         )
@@ -92,7 +95,7 @@ def write_results_page(
         version=__version__,
         lines=lines,
         tables=tables,
-        metric=metric,
+        score_label=scored_by[0].label if len({*scored_by}) == 1 else "score",
         rows=rows,
         total=len(questions),
         tasks=sorted({row.task for row in rows}),
@@ -134,9 +137,18 @@ def _box_colours(questions: Sequence[Question]) -> dict[str, str]:
 
 def _scores(
     questions: Sequence[Question], answers: Sequence[Prediction], metrics: Sequence[Metric]
+) -> tuple[list[Metric], np.ndarray]:
+    """Return the metric that orders each answer, and its score: IoU where the reference answer has boxes."""
+    metric, scores = _scores_of_all(questions, answers, metrics)
+    ious = IOU.measure(questions, answers)
+    by_iou = np.array([bool(question.boxes) for question in questions]) & ~np.isnan(ious)
+    return [IOU if with_boxes else metric for with_boxes in by_iou], np.where(by_iou, ious, scores)
+
+
+def _scores_of_all(
+    questions: Sequence[Question], answers: Sequence[Prediction], metrics: Sequence[Metric]
 ) -> tuple[Metric, np.ndarray]:
-    """Return the metric that orders the answers, and their scores; IoU if all references have boxes."""
-    for metric in (IOU, *metrics) if all(question.boxes for question in questions) else metrics:
+    for metric in metrics:
         statistics = metric.measure(questions, answers)
         is_score = metric.is_fraction and not metric.of_corpus and statistics.ndim == 1
         if is_score and not np.isnan(statistics).any():

@@ -49,6 +49,10 @@ class Scores:
         """
         return metric.value(self.select(metric, condition, indices))
 
+    def count(self, metric: Metric, indices: Sequence[int] | None = None) -> int:
+        """Return how many of the questions at ``indices``, by default of all, a metric is defined on."""
+        return metric.count(self.select(metric, next(iter(self.statistics[metric.name])), indices))
+
     def select(self, metric: Metric, condition: str, indices: Sequence[int] | None = None) -> np.ndarray:
         """Return the statistics of the questions at ``indices``, by default of all."""
         statistics = self.statistics[metric.name][condition]

@@ -8,7 +8,7 @@ from typing import Any
 from flamingo_ft.adapters.card import TextTable
 from flamingo_ft.formatting import plural, significant
 
-from .metrics import Metric, find_metrics
+from .metrics import Metric, capitalized, find_metrics
 from .results import label_of_condition
 from .variants import EVERY, TEXT_ONLY, WITH_IMAGES
 
@@ -36,8 +36,10 @@ def _table(variants: Sequence[Mapping[str, Any]], place: int) -> TextTable:
         values = [metric.text(score["controls"][control]["value"]) for control in controls]
         speed = significant(variant["samples_per_second"])
         rows.append([label_of(variant), _score(metric, score), *differences, *values, speed])
-    questions = plural(scores[0]["samples"], "question") + QUESTIONS[scores[0]["questions"]]
-    return TextTable(f"{metric.title}, {questions}", columns, rows)
+    part = f" {metric.only}" if metric.only else QUESTIONS[scores[0]["questions"]]
+    questions = plural(scores[0]["samples"], "question") + part
+    label = capitalized(metric.label_with(scores[0].get("boxes", 0)))
+    return TextTable(f"{label}, {questions}", columns, rows)
 
 
 def label_of(variant: Mapping[str, Any]) -> str:

@@ -161,7 +161,8 @@ def compare_variants(
     """Return a record for each variant.
 
     Each has the ``name``, the ``quantization`` that was chosen and ``samples_per_second``. ``scores`` is a
-    list, of each metric on each part of the questions: ``samples``, the keys of `score_record` and, except
+    list, of each metric on each part of the questions that it is defined on: ``samples``, ``boxes`` if some
+    of them are scored by another metric because of their boxes, the keys of `score_record` and, except
     for the first variant, ``difference``, the value minus that of the first, paired by question. With answers
     to other images, ``verdict`` says whether the variant uses its images.
     """
@@ -176,10 +177,12 @@ def compare_variants(
         }
         reference = None if scores is measured[0] else measured[0]
         record["scores"] = [
-            {"metric": metric.name, "questions": part, "samples": len(indices)}
+            {"metric": metric.name, "questions": part, "samples": scores.count(metric, indices)}
+            | _boxes(metric, questions, indices)
             | _score(metric, scores, reference, part, indices)
             for metric in metrics
             for part, indices in parts.items()
+            if not metric.only or scores.count(metric, indices)
         ]
         if SHUFFLED in variant.answers:
             texts = {name: [str(answer) for answer in given] for name, given in variant.answers.items()}
@@ -196,6 +199,11 @@ def parts_of(questions: Sequence[Question]) -> dict[str, list[int]]:
     for index, question in enumerate(questions):
         parts[WITH_IMAGES if question.images else TEXT_ONLY].append(index)
     return parts if all(parts.values()) else {EVERY: list(range(len(questions)))}
+
+
+def _boxes(metric: Metric, questions: Sequence[Question], indices: Sequence[int]) -> dict[str, int]:
+    boxes = sum(bool(questions[index].boxes) for index in indices)
+    return {"boxes": boxes} if boxes and metric.of_boxes is not None else {}
 
 
 def _score(

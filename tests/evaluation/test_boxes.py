@@ -10,19 +10,30 @@ from dataclasses import replace
 import pytest
 from PIL import Image, ImageColor
 
+from flamingo_ft.cli.metrics_table import evaluation_tables
 from flamingo_ft.config import DataSection, DataSource
 from flamingo_ft.data import OpenedData
 from flamingo_ft.data.drawing import ASKED, COLOURS, PREDICTED, REFERENCE, draw_boxes
 from flamingo_ft.data.sample import Box, Sample
 from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation import evaluate
+from flamingo_ft.evaluation.advice import share_right
 from flamingo_ft.evaluation.image_use import correctness, image_use
-from flamingo_ft.evaluation.metrics import ACCURACY, IOU
+from flamingo_ft.evaluation.metrics import ACCURACY, IOU, IOU_50
 from flamingo_ft.evaluation.questions import Question, questions_of
 from flamingo_ft.evaluation.reference_answers import is_free_text
-from flamingo_ft.evaluation.results import AFTER, BEFORE, Results, load_predictions
+from flamingo_ft.evaluation.results import (
+    AFTER,
+    BEFORE,
+    SHUFFLED,
+    Results,
+    card_tables,
+    load_predictions,
+    score_tables,
+)
 from flamingo_ft.evaluation.results_page import write_results_page
-from flamingo_ft.evaluation.variants import Variant
+from flamingo_ft.evaluation.variant_tables import variant_tables
+from flamingo_ft.evaluation.variants import Variant, VariantAnswers, compare_variants
 from flamingo_ft.model import FlamingoImageProcessor
 from flamingo_ft.model.geometry import ImageGeometry
 from flamingo_ft.report.sample_grid import answers_figure, sample_grid
@@ -89,6 +100,92 @@ def test_the_page_orders_by_iou_and_draws_each_kind_of_box_in_its_colour(picture
     drawn = Image.open(io.BytesIO(base64.b64decode(first)))
     assert (1, 1) in pixels_of(drawn, REFERENCE) and (6, 6) in pixels_of(drawn, PREDICTED)
     assert (7, 5) in pixels_of(drawn, ASKED)
+
+
+def test_the_page_orders_each_answer_by_the_metric_of_its_question(picture, tmp_path):
+    plain = replace(question(picture), boxes=(), asked=(), geometries=(), answer="Yes")
+    first, third = (replace(plain, where=f"row {number}") for number in (0, 2))
+    questions = [first, question(picture, 1), third, question(picture, 3)]
+    near = "[100, 100, 300, 280]"
+    answers = {AFTER: ["Yes", near, "No", WRONG]}
+    write_results_page(tmp_path / "a.html", "A", [], questions, answers, [ACCURACY, IOU])
+    page = (tmp_path / "a.html").read_text()
+    assert re.findall(r"row (\d)", page) == ["2", "3", "1", "0"]
+    assert re.findall(r"<dt>(accuracy|IoU)</dt><dd>([^<]+)", page) == [
+        ("accuracy", "0.0 %"), ("IoU", "0.0 %"), ("IoU", "90.0 %"), ("accuracy", "100.0 %")]  # fmt: skip
+
+
+@pytest.fixture
+def several_tasks(picture):
+    """Results of a task with boxes, one without, and one with both; of 30 answers with boxes 15 are right."""
+    plain = replace(question(picture), boxes=(), asked=(), geometries=(), answer="Yes")
+    questions = [question(picture, number) for number in range(20)]
+    questions += [replace(plain, task="yes or no") for _ in range(20)]
+    questions += [replace(question(picture, number), task="both") for number in range(10)]
+    questions += [replace(plain, task="both") for _ in range(10)]
+    questions = [replace(one, sample=number) for number, one in enumerate(questions)]
+    near = "[100, 100, 300, 280]"  # and not the same text as the reference
+    answers = [near, WRONG] * 10 + ["Yes"] * 12 + ["No"] * 8 + [near, WRONG] * 5 + ["Yes"] * 10
+    return Results(questions, {AFTER: answers, SHUFFLED: ["No"] * len(answers)}, [ACCURACY, IOU, IOU_50])
+
+
+def test_tables_of_boxes_count_and_total_the_questions_with_boxes_alone(several_tasks):
+    accuracy, iou, iou_50 = score_tables(several_tasks.summary())
+    assert {name: row.samples for name, row in iou_50.tasks.items()} == {"both": 10, "where": 20}
+    assert (iou_50.overall.samples, iou_50.overall.values[1]) == (30, 0.5)
+    assert iou.subject == iou_50.subject == "held-out samples: 30 questions with boxes"
+    assert (accuracy.subject, accuracy.overall.samples) == ("held-out samples", 60)
+    shown = [list(table.columns[0].cells) for table in evaluation_tables(several_tasks.summary())]
+    assert shown == [
+        ["both", "where", "yes or no", "all"],
+        ["both", "where", "all"],
+        ["both", "where", "all"],
+    ]
+
+
+def test_a_single_task_with_boxes_among_several_is_called_by_its_name(several_tasks):
+    several_tasks.questions = [
+        replace(one, task=one.task.replace("both", "other")) for one in several_tasks.questions
+    ]
+    questions = several_tasks.questions[20:]
+    answers = {condition: given[20:] for condition, given in several_tasks.answers.items()}
+    tables = score_tables(Results(questions, answers, several_tasks.metrics).summary())
+    assert [(table.overall_name, table.shown_tasks == {}) for table in tables] == [
+        ("all", False), ("other", True), ("other", True)]  # fmt: skip
+
+
+def test_the_total_of_accuracy_is_the_share_in_the_verdict_and_counts_boxes_by_their_iou(several_tasks):
+    summary = several_tasks.summary()
+    shares = {task: record["accuracy"] for task, record in summary["per_task"].items()}
+    assert shares == {"where": 0.5, "yes or no": 0.6, "both": 0.75}
+    assert summary["accuracy"] == pytest.approx(share_right(several_tasks)) == pytest.approx(37 / 60)
+    assert summary["verdict"].startswith("reads the images: 61.7 % right")
+    (title, *_) = [table.title for table in evaluation_tables(summary)]
+    assert title == "accuracy (with boxes: box accuracy at IoU 0.5) on held-out samples"
+    (card, *_) = card_tables(summary)
+    assert (card.hub_type, card.values["all"]) == ("accuracy", summary["accuracy"])
+    assert card.description == "exact match of greedy answers; with boxes, box accuracy at IoU 0.5"
+
+
+def test_variants_are_compared_on_the_questions_that_a_metric_is_defined_on(several_tasks):
+    questions = [*several_tasks.questions, Question([user("Hello?")], [], "row", "Yes")]
+    answers = VariantAnswers("run", {AFTER: [*several_tasks.answers[AFTER], "Yes"]}, 1.0)
+    tables = variant_tables(compare_variants(questions, [answers], several_tasks.metrics))
+    assert [table.title for table in tables] == [
+        "Accuracy (with boxes: box accuracy at IoU 0.5), 60 questions with images",
+        "Accuracy, 1 question without images",
+        "IoU, 30 questions with boxes",
+        "Box accuracy at IoU 0.5, 30 questions with boxes",
+    ]
+
+
+def test_scores_of_earlier_versions_leave_out_the_tasks_without_boxes(several_tasks):
+    summary = several_tasks.summary()
+    for record in (summary, *summary["per_task"].values()):
+        for key in ("boxes", "iou_samples", "iou_50_samples"):
+            record.pop(key, None)
+    accuracy, iou, _ = score_tables(summary)
+    assert list(iou.tasks) == ["both", "where"] and accuracy.label == "accuracy"
 
 
 @pytest.mark.parametrize("size", [(40, 20), (400, 200)])

@@ -25,7 +25,7 @@ the report and the model card show it, and ``eval.metric: first_word`` selects t
 
 from .boxes import IOU, IOU_50
 from .exact_match import ACCURACY, exact_match, normalize
-from .metric import Metric, Prediction, Ranked, References, mean, per_pair
+from .metric import Metric, Prediction, Ranked, References, capitalized, mean, per_pair
 from .registry import (
     KEY_SUFFIXES,
     MERGE_METRIC,
@@ -49,6 +49,7 @@ __all__ = [
     "Prediction",
     "Ranked",
     "References",
+    "capitalized",
     "exact_match",
     "find_metrics",
     "mean",

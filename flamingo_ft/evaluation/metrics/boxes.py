@@ -73,6 +73,7 @@ IOU = Metric(
     description="mean intersection over union of the boxes in answers and in reference answers, in order",
     aggregate=mean_defined,
     by_class=False,
+    only="with boxes",
 )
 IOU_50 = Metric(
     "iou_50",
@@ -81,4 +82,5 @@ IOU_50 = Metric(
     description="share of boxes with an intersection over union of at least 0.5 with the reference (Acc@0.5)",
     aggregate=mean_defined,
     by_class=False,
+    only="with boxes",
 )

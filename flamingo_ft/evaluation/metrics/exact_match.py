@@ -1,9 +1,10 @@
-"""Accuracy: exact match after a light normalization."""
+"""Accuracy: exact match after a light normalization, and of answers with boxes their share that is right."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from .boxes import IOU_50
 from .metric import Metric, per_pair
 
 
@@ -25,4 +26,5 @@ ACCURACY = Metric(
     axis="correct answers",
     hub_type="exact_match",
     merge_margin=0.1,
+    of_boxes=IOU_50,
 )

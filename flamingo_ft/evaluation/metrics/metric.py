@@ -51,6 +51,11 @@ def per_pair(score: Callable[[Any, Sequence[Any]], float]) -> StatisticsFunction
     return statistics
 
 
+def capitalized(label: str) -> str:
+    """Return a label with a capital at its beginning."""
+    return label[:1].upper() + label[1:]
+
+
 @dataclass(frozen=True)
 class Metric:
     """One way to score answers.
@@ -71,6 +76,9 @@ class Metric:
     by_class: whether it means anything on the questions of a single reference answer.
     of_corpus: whether a statistic depends on the other predictions or their references, so that those of a
         part of the questions have to be computed anew.
+    only: the questions that it is defined on, in words: ``with boxes``; by default all. The statistic of any
+        other is NaN, and it does not count.
+    of_boxes: the metric that scores answers to questions with boxes in its place, if there is one.
     """
 
     name: str
@@ -86,6 +94,8 @@ class Metric:
     ranked: bool = False
     by_class: bool = True
     of_corpus: bool = False
+    only: str = ""
+    of_boxes: Metric | None = None
 
     def measure(self, questions: Sequence[Question], predictions: Sequence[Prediction]) -> np.ndarray:
         """Return the statistic of each prediction.
@@ -99,7 +109,16 @@ class Metric:
                 f"{self.name}: needs a score for each label, got generated answers; "
                 "use a metric of answers, such as accuracy or f1"
             )
-        return self.statistics(predictions, [question.references for question in questions])
+        statistics = self.statistics(predictions, [question.references for question in questions])
+        if self.of_boxes is None or not any(question.boxes for question in questions):
+            return statistics
+        of_boxes = self.of_boxes.measure(questions, predictions)
+        has_boxes = np.array([bool(question.boxes) for question in questions])
+        return np.where(has_boxes & ~np.isnan(of_boxes), of_boxes, statistics)
+
+    def count(self, statistics: np.ndarray) -> int:
+        """Return the number of questions that the metric is defined on."""
+        return int((~np.isnan(statistics)).sum()) if self.only else len(statistics)
 
     def value(self, statistics: np.ndarray) -> float | None:
         """Return the value of the metric; None where it is not defined, or without predictions."""
@@ -113,7 +132,13 @@ class Metric:
     @property
     def title(self) -> str:
         """The label, capitalized."""
-        return self.label[:1].upper() + self.label[1:]
+        return capitalized(self.label)
+
+    def label_with(self, boxes: int) -> str:
+        """Return the label for scores of questions some of which have boxes, and how those are scored."""
+        if not boxes or self.of_boxes is None:
+            return self.label
+        return f"{self.label} (with boxes: {self.of_boxes.label})"
 
     @property
     def is_fraction(self) -> bool:

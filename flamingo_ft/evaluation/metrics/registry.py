@@ -33,11 +33,12 @@ KEY_SUFFIXES = (
     "_drop",
     "_drop_standard_error",
     "_margin",
+    "_samples",
 )
 # Names that a metric must not use: other keys of these records, and the report's other figures.
 RESERVED_KEYS = frozenset(
     {"before", "shuffled_images", "blank_images", "majority", "samples", "free_text", "classes", "predicted"}
-    | {"verdict", "advice", "rows", "per_task", "step", USER_METRICS_KEY}
+    | {"verdict", "advice", "rows", "boxes", "per_task", "step", USER_METRICS_KEY}
     | {"image_loss_gap", "image_loss_gap_standard_error", "image_loss_gap_samples", "loss_by_kind"}
     | {"label_tokens", "answers", "loss", "loss_increase", "loss_increase_standard_error"}
     | {"margin", "worse"}
