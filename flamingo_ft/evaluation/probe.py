@@ -36,7 +36,14 @@ from .classifiers import (
     nearest_neighbour,
 )
 from .metrics import normalize
-from .probe_questions import FEW, ProbeQuestion, ProbeQuestions, choose_questions, media_of
+from .probe_questions import (
+    FEW,
+    MIN_SAMPLES_PER_ANSWER,
+    ProbeQuestion,
+    ProbeQuestions,
+    choose_questions,
+    media_of,
+)
 from .questions import Question, questions_of
 from .tower_tokens import TowerTokens, read_tokens
 
@@ -88,6 +95,11 @@ class ProbeResult:
         """Whether the best share is clearly above the majority's."""
         error = math.sqrt(self.majority * (1 - self.majority) / self.eval_samples)
         return self.best - self.majority > max(SIGNIFICANT * error, MIN_GAIN)
+
+    @property
+    def hardly_repeats(self) -> bool:
+        """Whether the answers have so few training samples that a wrong nearest neighbour shows nothing."""
+        return self.train_samples < MIN_SAMPLES_PER_ANSWER * len(self.answers)
 
     def record(self) -> dict[str, Any]:
         """Return the result as JSON-compatible values."""

@@ -33,7 +33,8 @@ FEW, MANY = "few answers", "many answers"
 NO_IMAGES, FREE_TEXT = "without an image", "with free text that hardly repeats"
 TOO_FEW_TRAIN = f"of questions with fewer than {MIN_TRAIN_SAMPLES} training samples"
 TOO_FEW_EVAL = f"of questions with fewer than {MIN_EVAL_SAMPLES} held-out samples"
-ONE_ANSWER, NEW_ANSWERS = "of questions with one answer", "with answers that do not occur in training"
+BOXES, ONE_ANSWER = "of questions answered by boxes", "of questions with one answer"
+NEW_ANSWERS = "with answers that do not occur in training"
 OTHER_QUESTIONS = f"of questions beyond the {MAX_QUESTIONS} with the most held-out samples"
 MORE_SAMPLES = "beyond those drawn at random"
 
@@ -80,6 +81,8 @@ class ProbeQuestion:
         everything = [*self.train, *self.eval]
         if not self.images:
             return NO_IMAGES
+        if all(one.boxes for one in everything):
+            return BOXES
         if is_free_text(everything):
             return FREE_TEXT
         if len(self.train) < MIN_TRAIN_SAMPLES:

@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from flamingo_ft.formatting import percent, shorten
+from flamingo_ft.formatting import percent, plural, shorten
 
 from .image_use import REMEDY
 from .metrics import exact_match, normalize
 from .probe import MIN_GAIN, Probe, ProbeResult
-from .probe_questions import question_key
+from .probe_questions import MIN_SAMPLES_PER_ANSWER, question_key
 from .questions import Question
 from .results import AFTER, Results
 
 QUESTION_CHARACTERS = 60
 BLIND = "the tower cannot tell these answers apart"
 OTHER_TOWER = "choose another tower, a larger model.vision.image_size, or data.tiles"
-SEVERAL, TILED = "several images, which a probe cannot compare", "tiled images, whose views a probe averages"
+# Of which questions a low share leaves open whether the tower or the probe is the limit.
+SEVERAL = "about several images, which a probe cannot compare"
+HARDLY_REPEATS = f"with fewer than {MIN_SAMPLES_PER_ANSWER} training samples per answer, too few for a probe"
+TILED = "about tiled images, whose views a probe averages"
 LEARN_FASTER = "train longer or raise train.learning_rates.gates"
 
 
@@ -26,16 +29,16 @@ def tower_lines(probe: Probe) -> Iterator[str]:
     separable = [result for result in probe.questions if result.tells_apart]
     if separable:
         share, majority = _mean(separable, "best"), _mean(separable, "majority")
+        part = _part(separable, probe.questions)
         yield (
-            f"the tower can tell {percent(share)} of the held-out answers "
+            f"the tower can tell {percent(share)} of the held-out answers{part} "
             f"(majority share {percent(majority)})"
         )
     if blind := _blind(probe, probe.questions):
         yield f"{_blind_text(blind)}: {OTHER_TOWER}"
-    unclear = [result for result in probe.questions if not result.tells_apart and result not in blind]
-    for kind in (SEVERAL, TILED):
-        if names := [_name(result) for result in unclear if (result.images > 1) == (kind == SEVERAL)]:
-            yield f"no conclusion from questions about {kind}: {', '.join(names)}"
+    for reason in (SEVERAL, HARDLY_REPEATS, TILED):
+        if names := [_name(result) for result in probe.questions if _unclear(probe, result) == reason]:
+            yield f"no conclusion from questions {reason}: {', '.join(names)}"
 
 
 def compare_with_tower(probe: Probe, questions: Sequence[Question], predictions: Sequence[str]) -> str | None:
@@ -48,7 +51,9 @@ def compare_with_tower(probe: Probe, questions: Sequence[Question], predictions:
     parts = []
     if shares := _shares(both):
         tower, used = shares
-        figures = f"the tower can tell {percent(tower)}, the model uses {percent(used)}"
+        part = _part([result for result, _ in both if result.tells_apart], [result for result, _ in both])
+        tower_share = f"{percent(tower)} of the answers{part}" if part else percent(tower)
+        figures = f"the tower can tell {tower_share}, the model uses {percent(used)}"
         parts.append(f"{figures}: {LEARN_FASTER}" if tower - used > MIN_GAIN else figures)
     if blind:
         parts.append(f"{_blind_text(blind)}: {OTHER_TOWER}")
@@ -108,14 +113,28 @@ def _model_share(
 
 
 def _blind(probe: Probe, results: Sequence[ProbeResult]) -> list[ProbeResult]:
-    """Return the questions about one image that the tower cannot answer.
+    """Return the questions that the tower cannot answer."""
+    return [result for result in results if not result.tells_apart and _unclear(probe, result) is None]
 
-    Several images may have to be compared, and the answer may be in one of several tiles: these classifiers
-    cannot learn that in general.
+
+def _unclear(probe: Probe, result: ProbeResult) -> str | None:
+    """Return why a low share of a question says nothing about the tower; None if it does, or if it is high.
+
+    Several images may have to be compared, an answer may be written nowhere else, and it may be in one of
+    several tiles: these classifiers cannot learn that in general.
     """
-    if probe.tiled:
-        return []
-    return [result for result in results if not result.tells_apart and result.images == 1]
+    if result.tells_apart:
+        return None
+    if result.images > 1:
+        return SEVERAL
+    if result.hardly_repeats:
+        return HARDLY_REPEATS
+    return TILED if probe.tiled else None
+
+
+def _part(results: Sequence[ProbeResult], among: Sequence[ProbeResult]) -> str:
+    """Return which part of the probed questions a share is of; empty if it is of all."""
+    return "" if len(results) == len(among) else f" to {len(results)} of {plural(len(among), 'question')}"
 
 
 def _blind_text(blind: Sequence[ProbeResult]) -> str:

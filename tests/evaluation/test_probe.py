@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from flamingo_ft.backbones.visual_tokens import spatial_tokens
 from flamingo_ft.config import dump_recipe, load_recipe
 from flamingo_ft.data import Sample
 from flamingo_ft.data.feature_cache import FrozenTower
+from flamingo_ft.data.sample import Box
 from flamingo_ft.evaluation import probe_questions
 from flamingo_ft.evaluation.image_use import REMEDY
 from flamingo_ft.evaluation.probe import Probe, ProbeResult, load_probe, probe_question
@@ -157,6 +159,20 @@ def test_samples_that_cannot_be_probed_are_counted_with_the_reason(train, evalua
     chosen = choose_questions(train, evaluation, 0)
     ((left_out, count),) = chosen.left_out.items()
     assert not chosen.probed and left_out.startswith(reason) and count == len(evaluation)
+
+
+def test_questions_answered_by_boxes_are_named_as_such():
+    train, evaluation = (
+        [
+            replace(one, boxes=(Box((0, 0, 9, number)),))
+            for number, one in enumerate(asked(["<box>"] * count), 1)
+        ]
+        for count in (40, 20)
+    )
+    chosen = choose_questions(train, evaluation, 0)
+    assert chosen.left_out == {"of questions answered by boxes": 20}
+    presence = choose_questions(train + asked(["no"] * 40, first=500), evaluation + asked(["no"] * 20), 0)
+    assert set(presence.probed[0].answers) == {"<box>", "no"}
 
 
 def test_samples_left_out_of_a_question_are_counted_and_drawn_by_their_images(monkeypatch):
@@ -311,8 +327,10 @@ def test_a_folder_with_other_files_gets_no_probe(here, capsys):
 # --- sentences
 
 
-def result(best: float, majority: float = 0.25, images: int = 1, text: str = "Which colour?") -> ProbeResult:
-    answers = {"red": 10, "green": 10}
+def result(
+    best: float, majority: float = 0.25, images: int = 1, text: str = "Which colour?", distinct: int = 2
+) -> ProbeResult:
+    answers = {"red": 10, "green": 10} if distinct == 2 else {str(price): 2 for price in range(distinct)}
     shares = {"majority": majority, "nearest_neighbour": best, "linear_pooled": best, "linear_attended": None}
     return ProbeResult(
         text,
@@ -363,6 +381,30 @@ def test_a_probe_of_two_images_blames_no_tower():
     (line,) = tower_lines(probe(result(0.28, images=2)))
     assert line.startswith("no conclusion from questions about several images")
     assert compare_with_tower(probe(result(0.28, images=2)), *answered(0.25)) is None
+
+
+def test_answers_that_hardly_repeat_blame_no_tower():
+    prices = result(0.0, text="Which price?", distinct=9)
+    (line,) = tower_lines(probe(prices))
+    assert line == (
+        "no conclusion from questions with fewer than 5 training samples per answer, too few for a probe: "
+        "'Which price?'"
+    )
+    assert compare_with_tower(probe(prices), *answered(0.25)) is None
+    assert next(tower_lines(probe(result(0.84, distinct=9)))).startswith("the tower can tell 84.0 %")
+
+
+def test_a_share_names_how_many_of_the_probed_questions_it_is_of():
+    some = probe(result(0.84), result(0.28, text="Which shade?"), result(0.2, images=2, text="Same?"))
+    assert next(tower_lines(some)) == (
+        "the tower can tell 84.0 % of the held-out answers to 1 of 3 questions (majority share 25.0 %)"
+    )
+    questions, predictions = answered(0.61)
+    questions += asked(["red"] * 20, "Which shade?")
+    sentence = compare_with_tower(some, questions, [*predictions, *["red"] * 20])
+    assert sentence.startswith(
+        "the tower can tell 84.0 % of the answers to 1 of 2 questions, the model uses 61.0 %: "
+    )
 
 
 def test_a_probe_of_tiles_blames_no_tower():
