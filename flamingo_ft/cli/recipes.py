@@ -105,7 +105,10 @@ def _keep_probe(folder: Path, output_dir: Path) -> None:
     from flamingo_ft.training.output_dir import keep_probe
 
     if keep_probe(folder / PROBE_FILE, output_dir):
-        log(f"probe in {output_dir / PROBE_FILE}, where the verdict and report of the next run find it")
+        log(
+            f"probe in {output_dir / PROBE_FILE}, where the verdict and report of the next run find it, "
+            "and those of runs in folders beside it"
+        )
     else:
         log(f"{output_dir} holds other files; copy {folder / PROBE_FILE} to the run's folder for its verdict")
 

@@ -1,7 +1,8 @@
 """What to try next after a run whose answers are not right often enough, from what the run measured.
 
-The curve of the loss says whether more steps or more data would help; a probe, whether the tower is the
-limit; and if neither is, the language model may have to adapt.
+The curve of the loss or reward says whether more steps or more data would help; a probe, whether the tower is
+the limit; and if neither is, the language model may have to adapt. Nothing is advised that the recipe has
+already, or that its ``model.init_from`` excludes.
 """
 
 from __future__ import annotations
@@ -16,20 +17,22 @@ from typing import Any, Literal
 import numpy as np
 
 from flamingo_ft.config import RECIPE_FILE, Recipe
-from flamingo_ft.formatting import significant
+from flamingo_ft.formatting import percent, significant
 
 from .image_use import MIN_QUESTIONS, REMEDY, correctness
 from .probe import Probe
 from .probe_verdict import OTHER_TOWER, tower_is_the_limit
+from .questions import Question
 from .reference_answers import is_free_text
-from .results import AFTER, Results
+from .results import AFTER, BEFORE, Results
 
 GOOD = 0.9  # share of right answers from which on nothing is advised
 CHANGE = 0.03  # relative change of the loss over the last quarter of the steps that counts
 SIGNIFICANT = 2.0  # standard errors of the training loss
 MIN_EVALUATIONS, MIN_ENTRIES = 4, 8  # of the held-out and of the training loss; fewer allow no conclusion
 OVERFITTED = 1.3  # held-out loss relative to the training loss
-MORE_DATA = "more or more varied training rows, or data.augmentation"
+MORE_ROWS = "more or more varied training rows"
+METHODS = {"dpo": "DPO", "kto": "KTO", "grpo": "GRPO"}
 
 Entry = Mapping[str, Any]  # of the log
 Course = Literal["falling", "rising", "flat"]
@@ -55,24 +58,28 @@ def add_advice(
 
     entries: the log of the run. probe: of its tower, if there is one.
     """
-    if recipe.train.method != "sft" or len(results.questions) < MIN_QUESTIONS:
+    if len(results.questions) < MIN_QUESTIONS:
         return
     right, verdict = share_right(results), metrics["eval"].get("verdict") or ""
     if right >= GOOD:
         return
-    lines = list(_of_loss(recipe, entries))
+    lines = list(_of_reward(recipe, entries) if recipe.train.method == "grpo" else _of_loss(recipe, entries))
+    if right < GOOD and recipe.train.method != "sft":
+        lines.append(_of_start(recipe, results))
     if right < GOOD and REMEDY not in verdict:  # which says the rest; free text has no share
         lines += _of_model(recipe, results, entries, probe)
+        if not lines and probe is None:
+            lines = [f"neither the loss nor a probe shows what limits the answers: {_more_data(recipe)}"]
     if lines:
         metrics["eval"]["advice"] = lines
 
 
-def share_right(results: Results) -> float:
+def share_right(results: Results, condition: str = AFTER) -> float:
     """Return the share of right answers; NaN if all of them are free text, whose exact match says little."""
     tasks: dict[str, list[int]] = defaultdict(list)
     for index, question in enumerate(results.questions):
         tasks[question.task].append(index)
-    right, answers = [], results.texts(AFTER)
+    right, answers = [], results.texts(condition)
     for indices in tasks.values():
         questions = [results.questions[index] for index in indices]
         if not is_free_text(questions):
@@ -87,37 +94,84 @@ def _of_loss(recipe: Recipe, entries: Sequence[Entry]) -> Iterator[str]:
     if trend is None:
         return
     if trend.course == "falling":
-        steps = recipe.train.max_steps
-        yield f"{trend.text}: train longer, --resume with more train.epochs (or train.max_steps, now {steps})"
+        yield f"{trend.text}: {_longer(recipe)}"
     elif trend.course == "rising":
         keep = "" if recipe.eval.keep == "best" else "; eval.keep=best ends with the best adapter"
-        yield f"{trend.text}: the model overfits; {MORE_DATA}, or fewer steps{keep}"
+        yield f"{trend.text}: the model overfits; {_more_data(recipe)}, or fewer steps{keep}"
     elif held_out and training and held_out.last > OVERFITTED * training.last:
         yield (
             f"the loss no longer falls, and is {significant(training.last)} in training, "
-            f"{significant(held_out.last)} on held-out samples: {MORE_DATA}"
+            f"{significant(held_out.last)} on held-out samples: {_more_data(recipe)}"
         )
+
+
+def _of_reward(recipe: Recipe, entries: Sequence[Entry]) -> Iterator[str]:
+    """Yield whether more steps would help a run whose loss says little."""
+    if (text := rising_reward(entries)) is not None:
+        yield f"{text}: {_longer(recipe)}"
+
+
+def _of_start(recipe: Recipe, results: Results) -> str:
+    """Return that another method than SFT needs a model that can answer already."""
+    method = f"{METHODS[recipe.train.method]} changes how often a model gives answers that it knows"
+    if recipe.model.init_from is None:
+        return f"{method}: train a bridge by train.method=sft first, and start from it with model.init_from"
+    before = share_right(results, BEFORE) if BEFORE in results.answers else math.nan
+    figure = "" if math.isnan(before) else f", and {percent(before)} were right before it"
+    return f"{method}{figure}: improve the run of model.init_from first, by train.method=sft"
+
+
+def _longer(recipe: Recipe) -> str:
+    steps = recipe.train.max_steps
+    return f"train longer, --resume with more train.epochs (or train.max_steps, now {steps})"
+
+
+def _more_data(recipe: Recipe) -> str:
+    """Return the remedy for few data; cached tokens of images exclude augmentation."""
+    has_no_use = recipe.data.augmentation or recipe.data.cache
+    return MORE_ROWS if has_no_use else f"{MORE_ROWS}, or data.augmentation"
 
 
 def _of_model(
     recipe: Recipe, results: Results, entries: Sequence[Entry], probe: Probe | None
 ) -> Iterator[str]:
-    """Yield what else may be the limit: the frozen language model, or the tower."""
+    """Yield what else may be the limit: the frozen language model, or the tower.
+
+    A probe of tiled images does not show that it is the tower.
+    """
     questions = results.questions
     trend = held_out_trend(entries) or training_trend(entries)
-    if trend is not None and trend.course == "flat" and "language" not in recipe.lora.parts:
+    is_flat = recipe.train.method == "sft" and trend is not None and trend.course == "flat"
+    if is_flat and "language" not in recipe.lora.parts:
         yield (
             "the loss no longer falls, and the language model is frozen: train LoRA on it, from this run on: "
             f"{_lora_command(recipe)}"
         )
+    if recipe.data.tiles is not None:
+        return
     if probe is not None and tower_is_the_limit(probe, questions, results.texts(AFTER)):
-        yield f"the model answers as well as a probe of its tower: {OTHER_TOWER}"
-    elif probe is None and any(question.images for question in questions):
+        yield f"the model answers as well as a probe of its tower: {_other_tower(recipe)}"
+    elif probe is None and _can_be_probed(questions):
         yield (
-            f"{_quoted(recipe)} has no probe of this tower and data: flamingo-ft check "
-            f"{_quoted(recipe)}/{RECIPE_FILE} --probe shows whether the tower can tell the answers apart; "
-            f"if it cannot, {OTHER_TOWER}"
+            f"neither {_quoted(recipe)} nor a folder beside it has a probe of this tower and data: "
+            f"flamingo-ft check {_quoted(recipe)}/{RECIPE_FILE} --probe shows whether the tower can tell the "
+            f"answers apart; if it cannot, {_other_tower(recipe)}"
         )
+
+
+def _can_be_probed(questions: Sequence[Question]) -> bool:
+    """Whether there are questions of which a low share in a probe shows that the tower is the limit."""
+    probed = [question for question in questions if len(question.images) == 1 and not question.boxes]
+    return bool(probed) and not is_free_text(probed)
+
+
+def _other_tower(recipe: Recipe) -> str:
+    """Return what shows the model more; a bridge is tied to the tower that it was trained with."""
+    if recipe.model.init_from is None:
+        return OTHER_TOWER
+    return (
+        "set data.tiles, or train without model.init_from and with another tower or model.vision.image_size"
+    )
 
 
 def _lora_command(recipe: Recipe) -> str:
@@ -154,16 +208,43 @@ def held_out_trend(entries: Sequence[Entry]) -> Trend | None:
 
 def training_trend(entries: Sequence[Entry]) -> Trend | None:
     """Return how the training loss went: its last quarter beside the one before; None with few entries."""
-    losses = np.array([entry["loss"] for entry in entries if math.isfinite(entry.get("loss", math.nan))])
-    if len(losses) < MIN_ENTRIES:
+    change = _last_change(entries, "loss")
+    if change is None:
         return None
-    quarter = len(losses) // 4
-    before, last = losses[-2 * quarter : -quarter], losses[-quarter:]
-    error = math.sqrt((before.var(ddof=1) + last.var(ddof=1)) / quarter)
-    fall = before.mean() - last.mean()
     text = (
-        f"the training loss was still falling, from {significant(before.mean())} to "
-        f"{significant(last.mean())} in the last quarter of the steps"
+        f"the training loss was still falling, from {significant(change.before)} to "
+        f"{significant(change.last)} in the last quarter of the steps"
     )
-    is_falling = fall > max(SIGNIFICANT * error, CHANGE * before.mean())
-    return Trend("falling" if is_falling else "flat", text, float(last.mean()))
+    return Trend("falling" if change.before - change.last > change.noise else "flat", text, change.last)
+
+
+def rising_reward(entries: Sequence[Entry]) -> str | None:
+    """Return how the reward of sampled answers rose in the last quarter of the steps; None if it did not."""
+    change = _last_change(entries, "reward")
+    if change is None or change.last - change.before <= change.noise:
+        return None
+    return (
+        f"the reward was still rising, from {significant(change.before)} to "
+        f"{significant(change.last)} in the last quarter of the steps"
+    )
+
+
+@dataclass(frozen=True)
+class _Change:
+    """Means of a logged value in two quarters of the steps. noise: differences up to this may be chance."""
+
+    before: float
+    last: float
+    noise: float
+
+
+def _last_change(entries: Sequence[Entry], key: str) -> _Change | None:
+    """Return the last quarter of a logged value beside the one before; None with few entries."""
+    values = np.array([entry[key] for entry in entries if math.isfinite(entry.get(key, math.nan))])
+    if len(values) < MIN_ENTRIES:
+        return None
+    quarter = len(values) // 4
+    before, last = values[-2 * quarter : -quarter], values[-quarter:]
+    error = math.sqrt((before.var(ddof=1) + last.var(ddof=1)) / quarter)
+    noise = max(SIGNIFICANT * error, CHANGE * abs(before.mean()))
+    return _Change(float(before.mean()), float(last.mean()), float(noise))

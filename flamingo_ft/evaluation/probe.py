@@ -161,6 +161,19 @@ def load_probe(folder: Path, recipe: Recipe) -> Probe | None:
     return Probe(**values, questions=results)
 
 
+def find_probe(folder: Path, recipe: Recipe) -> Probe | None:
+    """Read the probe of a recipe's tower and data from the folder of its run or of another one beside it.
+
+    Of several, that of the run itself, else the newest.
+    """
+    probe = load_probe(folder, recipe)
+    if probe is not None:
+        return probe
+    files = [file for file in folder.absolute().parent.glob(f"*/{PROBE_FILE}") if file.is_file()]
+    newest_first = sorted(files, key=lambda file: file.stat().st_mtime, reverse=True)
+    return next(filter(None, (load_probe(file.parent, recipe) for file in newest_first)), None)
+
+
 def recipe_digest(recipe: Recipe) -> str:
     """Return a digest of what a probe depends on: the tower, the data and the seed of their split."""
     data = recipe.data.model_dump(

@@ -24,7 +24,7 @@ from flamingo_ft.config import (
     stage_folder_name,
 )
 from flamingo_ft.errors import UserError
-from flamingo_ft.evaluation.probe import Probe, load_probe
+from flamingo_ft.evaluation.probe import Probe, find_probe
 from flamingo_ft.evaluation.results import load_predictions
 
 REPORT_FILE = "report.html"
@@ -63,7 +63,7 @@ class RunFolder:
             read_log(folder) if (folder / LOG_FILE).is_file() else [],
             load_predictions(folder) if (folder / PREDICTIONS_FILE).is_file() else [],
             json.loads(metrics.read_text(encoding="utf-8")) if metrics.is_file() else {},
-            load_probe(folder, recipe),
+            find_probe(folder, recipe),
         )
 
     @property
@@ -138,7 +138,7 @@ class RunFolder:
                 "ask": f"flamingo-ft generate {folder} {generate_options(self.folder)}",
                 "evaluate": f"flamingo-ft eval {folder} --data FILE",
             }
-            if self.evaluation.get("advice") and self.probe is None:
+            if any("--probe" in line for line in self.evaluation.get("advice", ())) and self.probe is None:
                 commands["probe the tower"] = f"flamingo-ft check {folder}/{RECIPE_FILE} --probe"
         else:
             commands = {"resume": f"flamingo-ft train {folder}/{RECIPE_FILE} --resume"}

@@ -20,7 +20,7 @@ from flamingo_ft.data.examples import total_metrics
 from flamingo_ft.data.opened_data import check_method, samples_per_epoch, with_max_steps
 from flamingo_ft.errors import OutOfMemory, ReportedElsewhere, StoppedBySignal, UserError
 from flamingo_ft.evaluation.advice import add_advice
-from flamingo_ft.evaluation.probe import load_probe
+from flamingo_ft.evaluation.probe import find_probe
 from flamingo_ft.evaluation.probe_verdict import add_to_verdict
 from flamingo_ft.evaluation.questions import questions_of, with_other_images
 from flamingo_ft.evaluation.results import AFTER, BEFORE, SHUFFLED, Results, card_tables
@@ -217,7 +217,7 @@ def _run(
             _add_losses(evaluator.results, trainer, recipe, eval_batches)
         progress.refresh()  # otherwise notebooks show the last bar unfinished
     metrics = {"eval": evaluator.results.summary()} if eval_samples else {}
-    probe = load_probe(output_dir, recipe)
+    probe = find_probe(output_dir, recipe)
     add_to_verdict(metrics, evaluator.results, probe)
     add_advice(metrics, recipe, evaluator.results, trainer.state.log_history, probe)
     metrics["train"] = train_metrics

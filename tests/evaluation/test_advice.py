@@ -1,12 +1,15 @@
 """After a mediocre result, what a run measured decides what is advised; a good one needs no advice."""
 
+from dataclasses import replace
+
 import pytest
 
+from flamingo_ft.data.sample import Box
 from flamingo_ft.evaluation.advice import add_advice, held_out_trend, training_trend
 from flamingo_ft.evaluation.image_use import REMEDY
 from flamingo_ft.evaluation.probe import Probe, ProbeResult
 from flamingo_ft.evaluation.questions import Question
-from flamingo_ft.evaluation.results import AFTER, Results
+from flamingo_ft.evaluation.results import AFTER, BEFORE, Results
 from tests.data.dialogues import IMAGE, user
 from tests.regimes import recipe, write_run
 
@@ -15,12 +18,14 @@ QUESTIONS = [
     for number in range(40)
 ]
 LORA = "flamingo-ft train run/resolved_recipe.yaml model.init_from=run lora.language.r=16"
+GRPO = "train.method=grpo", "train.grpo.num_generations=2"
 FALLING, FLAT, RISING = ([1.0, 0.8, 0.6, 0.5], [1.0, 0.6, 0.5, 0.5], [1.0, 0.5, 0.6, 0.7])
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     write_run(tmp_path)
+    (tmp_path / "start").mkdir()
     monkeypatch.chdir(tmp_path)
 
 
@@ -29,12 +34,24 @@ def log(held_out=(), training=()):
     return entries + [{"step": place, "loss": loss} for place, loss in enumerate(training, start=1)]
 
 
-def advised(entries, *settings, right=28, verdict="reads the images: ...", probe=None):
-    answers = [question.answer if place < right else "Maybe." for place, question in enumerate(QUESTIONS)]
+def advised(
+    entries,
+    *settings,
+    right=28,
+    before=None,
+    verdict="reads the images: ...",
+    probe=None,
+    questions=QUESTIONS,
+):
+    counts = {AFTER: right} | ({} if before is None else {BEFORE: before})
+    answers = {
+        condition: [
+            question.answer if place < count else "Maybe." for place, question in enumerate(questions)
+        ]
+        for condition, count in counts.items()
+    }
     metrics = {"eval": {"verdict": verdict}}
-    add_advice(
-        metrics, recipe("train.max_steps=40", *settings), Results(QUESTIONS, {AFTER: answers}), entries, probe
-    )
+    add_advice(metrics, recipe("train.max_steps=40", *settings), Results(questions, answers), entries, probe)
     return metrics["eval"].get("advice", [])
 
 
@@ -99,6 +116,60 @@ def test_the_tower_is_blamed_only_by_a_probe(folder):
         "model.vision.image_size, or data.tiles"
     ]
     assert advised([], probe=probe_that_tells(0.99)) == []  # the verdict says what to do
+
+
+def test_a_probe_is_advised_only_where_it_can_conclude(folder):
+    def probe_lines(*settings, questions=QUESTIONS):
+        return [line for line in advised([], *settings, questions=questions) if "--probe" in line]
+
+    assert len(probe_lines()) == 1
+    assert probe_lines("data.tiles={}") == []
+    assert probe_lines(questions=[replace(one, images=["a.png", "b.png"]) for one in QUESTIONS]) == []
+    assert probe_lines(questions=[replace(one, boxes=(Box((0, 0, 9, 9)),)) for one in QUESTIONS]) == []
+    assert advised([], "data.tiles={}") == [
+        "neither the loss nor a probe shows what limits the answers: more or more varied training rows, or "
+        "data.augmentation"
+    ]
+
+
+def test_nothing_is_advised_that_is_in_effect(folder):
+    assert not any("data.tiles" in line for line in advised([], "data.tiles={}", probe=probe_that_tells(0.7)))
+    augmented = advised(log(RISING), "data.augmentation={}")
+    assert "data.augmentation" in advised(log(RISING))[0] and "data.augmentation" not in augmented[0]
+
+
+def test_another_tower_is_not_advised_to_a_run_that_starts_from_a_bridge(folder):
+    remedy = (
+        "set data.tiles, or train without model.init_from and with another tower or model.vision.image_size"
+    )
+    for probe in (None, probe_that_tells(0.7)):
+        assert advised([], "model.init_from=start", probe=probe)[-1].endswith(remedy)
+
+
+def test_other_methods_than_sft_are_advised_to_start_from_a_better_model(folder):
+    dpo = "train.method=dpo", "lora.lora_dropout=0"
+    assert advised([], *dpo)[0] == (
+        "DPO changes how often a model gives answers that it knows: train a bridge by train.method=sft "
+        "first, and start from it with model.init_from"
+    )
+    assert advised([], *dpo, "model.init_from=start", before=10)[0] == (
+        "DPO changes how often a model gives answers that it knows, and 25.0 % were right before it: improve "
+        "the run of model.init_from first, by train.method=sft"
+    )
+    assert advised(log(FALLING), *dpo)[0].startswith("the held-out loss was still falling")
+    assert not any("LoRA on it" in line for line in advised(log(FLAT), *dpo))
+    assert advised([], *dpo, right=36) == []
+
+
+def test_sampled_answers_are_judged_by_their_reward(folder):
+    rewards = [{"step": step, "loss": 1 - 0.01 * step, "reward": 0.01 * step} for step in range(1, 41)]
+    first, second, *_ = advised(rewards, *GRPO)
+    assert first.startswith(
+        "the reward was still rising, from 0.255 to 0.355 in the last quarter of the steps: train"
+    )
+    assert second.startswith("GRPO changes how often")
+    flat = [{**entry, "reward": 0.5} for entry in rewards]
+    assert not any("rising" in line or "falling" in line for line in advised(flat, *GRPO))
 
 
 def test_the_general_remedy_of_a_verdict_is_not_repeated(folder):

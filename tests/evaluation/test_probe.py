@@ -19,7 +19,7 @@ from flamingo_ft.data.feature_cache import FrozenTower
 from flamingo_ft.data.sample import Box
 from flamingo_ft.evaluation import probe_questions
 from flamingo_ft.evaluation.image_use import REMEDY
-from flamingo_ft.evaluation.probe import Probe, ProbeResult, load_probe, probe_question
+from flamingo_ft.evaluation.probe import Probe, ProbeResult, find_probe, load_probe, probe_question
 from flamingo_ft.evaluation.probe_questions import choose_questions, media_of
 from flamingo_ft.evaluation.probe_verdict import add_to_verdict, compare_with_tower, tower_lines
 from flamingo_ft.evaluation.questions import questions_of
@@ -256,6 +256,15 @@ def test_a_probe_of_another_tower_or_other_data_is_not_used(here):
         assert load_probe(here / "run", load_recipe("./recipe.yaml", [other])) is None
     (here / "stored.yaml").write_text(dump_recipe(load_recipe("./recipe.yaml")))
     assert load_probe(here / "run", load_recipe("./stored.yaml")) is not None
+
+
+def test_a_probe_in_the_folder_of_another_run_is_found_beside_it(here):
+    assert cli.main(["check", "recipe.yaml", "--probe"]) == 0
+    other = load_recipe("./recipe.yaml", ["train.output_dir=other", "train.learning_rate=0.1"])
+    assert find_probe(here / "other", other) == load_probe(here / "run", other) is not None
+    assert "the tower can tell 100.0 %" in train(other)["eval"]["verdict"]
+    assert "What the vision tower can tell" in (here / "other/report.html").read_text()
+    assert find_probe(here / "other", load_recipe("./recipe.yaml", ["data.tiles={}"])) is None
 
 
 def test_cached_tokens_are_used_and_give_the_same_figures(here, monkeypatch):
