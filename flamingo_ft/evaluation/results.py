@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from .metrics import (
 )
 from .question_boxes import boxes_record
 from .questions import Question
-from .reference_answers import classes_of, is_free_text, most_frequent_answer
+from .reference_answers import by_task, classes_of, is_free_text, majority_answers
 from .scores import Scores
 
 # Conditions under which questions are asked.
@@ -110,12 +110,10 @@ class Results:
         with boxes in their answers, if any. ``image_loss_gap`` and ``loss_by_kind`` are there if they were
         measured.
         """
-        by_task: dict[str, list[int]] = defaultdict(list)
-        for index, question in enumerate(self.questions):
-            by_task[question.task].append(index)
-        scores = self._scores(by_task.values())
+        tasks = by_task(self.questions)
+        scores = self._scores()
         record = self._values(scores, None, overall_key)
-        per_task = {task: self._task_record(scores, indices) for task, indices in sorted(by_task.items())}
+        per_task = {task: self._task_record(scores, indices) for task, indices in sorted(tasks.items())}
         record |= user_metrics_record(self.metrics)
         rows = len({question.sample for question in self.questions})
         if 1 < rows < len(self.questions):  # questions without data are all of sample 0
@@ -131,15 +129,11 @@ class Results:
             record["verdict"] = image_use(self.questions, self.texts(AFTER), self.texts(SHUFFLED), gap)
         return {**record, "per_task": per_task}
 
-    def _scores(self, tasks: Iterable[Sequence[int]]) -> Scores:
+    def _scores(self) -> Scores:
         """Score the answers, and as a baseline the most frequent reference answer of each question's task."""
-        majority = [""] * len(self.questions)
-        for indices in tasks:
-            answer = most_frequent_answer([self.questions[index] for index in indices])
-            for index in indices:
-                majority[index] = answer
         answers = {condition: self.answers[condition] for condition in self.conditions}
-        return Scores.of(self.metrics, self.questions, answers, {MAJORITY: majority})
+        baseline = {MAJORITY: majority_answers(self.questions)}
+        return Scores.of(self.metrics, self.questions, answers, baseline)
 
     def _values(
         self, scores: Scores, indices: Sequence[int] | None, key: Callable[[Metric, str], str]

@@ -138,7 +138,8 @@ class RunFolder:
                 "ask": f"flamingo-ft generate {folder} {generate_options(self.folder)}",
                 "evaluate": f"flamingo-ft eval {folder} --data FILE",
             }
-            if any("--probe" in line for line in self.evaluation.get("advice", ())) and self.probe is None:
+            may_conclude = self.probe is None and self.recipe.runs[-1].data.tiles is None
+            if self.evaluation.get("advice") and may_conclude:
                 commands["probe the tower"] = f"flamingo-ft check {folder}/{RECIPE_FILE} --probe"
         else:
             commands = {"resume": f"flamingo-ft train {folder}/{RECIPE_FILE} --resume"}

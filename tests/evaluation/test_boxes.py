@@ -159,7 +159,7 @@ def test_the_total_of_accuracy_is_the_share_in_the_verdict_and_counts_boxes_by_t
     shares = {task: record["accuracy"] for task, record in summary["per_task"].items()}
     assert shares == {"where": 0.5, "yes or no": 0.6, "both": 0.75}
     assert summary["accuracy"] == pytest.approx(share_right(several_tasks)) == pytest.approx(37 / 60)
-    assert summary["verdict"].startswith("reads the images: 61.7 % right")
+    assert "61.7 % right" in summary["verdict"]
     (title, *_) = [table.title for table in evaluation_tables(summary)]
     assert title == "accuracy (with boxes: box accuracy at IoU 0.5) on held-out samples"
     (card, *_) = card_tables(summary)

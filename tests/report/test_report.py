@@ -92,6 +92,8 @@ def test_what_to_try_next_is_in_the_report_and_in_the_summary(folder):
     assert "What next The loss was still falling: train longer. " in page
     assert "flamingo-ft check run/resolved_recipe.yaml --probe" in page.replace(str(folder), "run")
     assert "next: the loss was still falling: train longer" in evaluation_lines(metrics["eval"])
+    (folder / "resolved_recipe.yaml").write_text(dump_recipe(recipe("train.max_steps=8", "data.tiles={}")))
+    assert "--probe" not in write_report(folder).read_text()  # which cannot conclude from tiles
 
 
 @pytest.mark.parametrize(
