@@ -20,7 +20,7 @@ from flamingo_ft.formatting import percent, significant
 
 from .image_use import MIN_QUESTIONS, REMEDY, correctness
 from .probe import Probe
-from .probe_verdict import OTHER_TOWER, tower_is_the_limit
+from .probe_verdict import other_tower, tower_is_the_limit
 from .questions import Question
 from .reference_answers import by_task, is_free_text
 from .results import AFTER, BEFORE, Results
@@ -146,12 +146,12 @@ def _of_model(
     if recipe.data.tiles is not None:
         return
     if probe is not None and tower_is_the_limit(probe, questions, results.texts(AFTER)):
-        yield f"the model answers as well as a probe of its tower: {_other_tower(recipe)}"
+        yield f"the model answers as well as a probe of its tower: {other_tower(recipe)}"
     elif probe is None and _can_be_probed(questions):
         yield (
             f"neither {_quoted(recipe)} nor a folder beside it has a probe of this tower and data: "
             f"flamingo-ft check {_quoted(recipe)}/{RECIPE_FILE} --probe shows whether the tower can tell the "
-            f"answers apart; if it cannot, {_other_tower(recipe)}"
+            f"answers apart; if it cannot, {other_tower(recipe)}"
         )
 
 
@@ -159,15 +159,6 @@ def _can_be_probed(questions: Sequence[Question]) -> bool:
     """Whether there are questions of which a low share in a probe shows that the tower is the limit."""
     probed = [question for question in questions if len(question.images) == 1 and not question.boxes]
     return bool(probed) and not is_free_text(probed)
-
-
-def _other_tower(recipe: Recipe) -> str:
-    """Return what shows the model more; a bridge is tied to the tower that it was trained with."""
-    if recipe.model.init_from is None:
-        return OTHER_TOWER
-    return (
-        "set data.tiles, or train without model.init_from and with another tower or model.vision.image_size"
-    )
 
 
 def _lora_command(recipe: Recipe) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from flamingo_ft.config import Recipe
 from flamingo_ft.formatting import percent, plural, shorten
 
 from .image_use import REMEDY
@@ -41,10 +42,13 @@ def tower_lines(probe: Probe) -> Iterator[str]:
             yield f"no conclusion from questions {reason}: {', '.join(names)}"
 
 
-def compare_with_tower(probe: Probe, questions: Sequence[Question], predictions: Sequence[str]) -> str | None:
+def compare_with_tower(
+    probe: Probe, questions: Sequence[Question], predictions: Sequence[str], remedy: str = OTHER_TOWER
+) -> str | None:
     """Return in a sentence how much of what its tower can tell the model uses; None without common questions.
 
     Only the held-out samples of probed questions count, those with answers that occur in training.
+    remedy: what to do about a tower that cannot tell answers apart.
     """
     both = _with_model_shares(probe, questions, predictions)
     blind = _blind(probe, [result for result, _ in both])
@@ -56,7 +60,7 @@ def compare_with_tower(probe: Probe, questions: Sequence[Question], predictions:
         figures = f"the tower can tell {tower_share}, the model uses {percent(used)}"
         parts.append(f"{figures}: {LEARN_FASTER}" if tower - used > MIN_GAIN else figures)
     if blind:
-        parts.append(f"{_blind_text(blind)}: {OTHER_TOWER}")
+        parts.append(f"{_blind_text(blind)}: {remedy}")
     return "; ".join(parts) or None
 
 
@@ -64,6 +68,15 @@ def tower_is_the_limit(probe: Probe, questions: Sequence[Question], predictions:
     """Whether the model uses all that its tower can tell."""
     shares = _shares(_with_model_shares(probe, questions, predictions))
     return shares is not None and shares[0] - shares[1] <= MIN_GAIN
+
+
+def other_tower(recipe: Recipe) -> str:
+    """Return what shows the model more; a bridge is tied to the tower that it was trained with."""
+    if recipe.model.init_from is None:
+        return OTHER_TOWER
+    return (
+        "set data.tiles, or train without model.init_from and with another tower or model.vision.image_size"
+    )
 
 
 def _with_model_shares(
@@ -85,14 +98,14 @@ def _shares(both: Sequence[tuple[ProbeResult, float]]) -> tuple[float, float] | 
     return _mean([result for result, _ in separable], "best"), used
 
 
-def add_to_verdict(metrics: dict[str, Any], results: Results, probe: Probe | None) -> None:
+def add_to_verdict(metrics: dict[str, Any], recipe: Recipe, results: Results, probe: Probe | None) -> None:
     """Extend the verdict in the ``eval`` record of a metrics.json by what the probe adds, if there is one.
 
     The general remedy gives way to the probe's.
     """
     if probe is None or "eval" not in metrics:
         return
-    sentence = compare_with_tower(probe, results.questions, results.texts(AFTER))
+    sentence = compare_with_tower(probe, results.questions, results.texts(AFTER), other_tower(recipe))
     if sentence is not None:
         verdict = metrics["eval"].get("verdict")
         parts = [] if verdict is None else [verdict.removesuffix(f"; {REMEDY}")]

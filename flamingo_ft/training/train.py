@@ -218,7 +218,7 @@ def _run(
         progress.refresh()  # otherwise notebooks show the last bar unfinished
     metrics = {"eval": evaluator.results.summary()} if eval_samples else {}
     probe = find_probe(output_dir, recipe)
-    add_to_verdict(metrics, evaluator.results, probe)
+    add_to_verdict(metrics, recipe, evaluator.results, probe)
     add_advice(metrics, recipe, evaluator.results, trainer.state.log_history, probe)
     metrics["train"] = train_metrics
     if processes.is_main():

@@ -434,15 +434,28 @@ def test_other_questions_and_answers_new_to_training_do_not_count():
     assert compare_with_tower(probe(result(1.0, text="Which one?")), *answered(1.0)) is None
 
 
-def test_the_verdict_ends_with_the_probe_s_remedy_instead_of_the_general_one():
+def test_the_verdict_ends_with_the_probe_s_remedy_instead_of_the_general_one(here):
+    recipe = load_recipe("./recipe.yaml")
     questions, predictions = answered(0.3)
     metrics = {"eval": {"verdict": f"the model is not looking: why; {REMEDY}"}}
-    add_to_verdict(metrics, Results(questions, {"after": predictions}), probe(result(0.84)))
+    add_to_verdict(metrics, recipe, Results(questions, {"after": predictions}), probe(result(0.84)))
     verdict = metrics["eval"]["verdict"]
     assert verdict.startswith(
         "the model is not looking: why; the tower can tell 84.0 %, the model uses 30.0 %"
     )
     assert REMEDY not in verdict
     unchanged = {"eval": {"verdict": "as it was"}}
-    add_to_verdict(unchanged, Results(questions, {"after": predictions}), None)
+    add_to_verdict(unchanged, recipe, Results(questions, {"after": predictions}), None)
     assert unchanged == {"eval": {"verdict": "as it was"}}
+
+
+def test_a_run_that_starts_from_a_bridge_keeps_its_tower(here):
+    (here / "start").mkdir()
+    questions, predictions = answered(0.3)
+    metrics = {"eval": {"verdict": "why"}}
+    started = load_recipe("./recipe.yaml", ["model.init_from=start"])
+    add_to_verdict(metrics, started, Results(questions, {"after": predictions}), probe(result(0.28)))
+    assert "cannot tell these answers apart" in metrics["eval"]["verdict"]
+    assert metrics["eval"]["verdict"].endswith(
+        "set data.tiles, or train without model.init_from and with another tower or model.vision.image_size"
+    )
