@@ -199,7 +199,8 @@ def test_gates_are_drawn_per_layer_as_absolute_values(layers):
 def test_rewards_of_dpo_are_shown(folder):
     write(folder, [entry | {"rewards/margins": 0.5, "rewards/accuracies": 0.9} for entry in entries(4)])
     page = words(write_report(folder).read_text())
-    assert "reward margin 0.5" in page and "pairs ranked correctly 90.0 %" in page
+    assert "training reward margin 0.5" in page and "training pairs ranked correctly 90.0 %" in page
+    assert "held-out pairs" not in page
     assert (folder / "figures" / "reward_margin.png").is_file()
 
 
