@@ -25,6 +25,7 @@ from .image_loss_gap import ImageLossGap
 from .image_use import image_use
 from .loss_by_kind import LossByKind, loss_record
 from .metrics import ACCURACY, Metric, Prediction, metrics_in, normalize, user_metrics_record
+from .pair_rewards import PairRewards
 from .question_boxes import boxes_record
 from .questions import Question
 from .reference_answers import by_task, classes_of, is_free_text, majority_answers
@@ -69,7 +70,8 @@ class Results:
     """Answers to the same questions under several conditions: ``BEFORE``, ``AFTER`` and ``SHUFFLED``.
 
     metrics: what the answers are scored by. image_loss_gap: that of the final model, if it was measured.
-    loss_by_kind: the losses ``BEFORE`` and ``AFTER`` training, if there are rows without images.
+    loss_by_kind: the losses ``BEFORE`` and ``AFTER`` training, if there are rows without images. pairs: the
+    rewards of held-out pairs, after DPO and KTO.
     """
 
     questions: Sequence[Question]
@@ -77,6 +79,7 @@ class Results:
     metrics: Sequence[Metric] = (ACCURACY,)
     image_loss_gap: ImageLossGap | None = None
     loss_by_kind: dict[str, LossByKind] = field(default_factory=dict)
+    pairs: PairRewards | None = None
 
     @property
     def conditions(self) -> list[str]:
@@ -92,8 +95,8 @@ class Results:
 
         A metric that is not defined on the answers is None, such as F1 without a positive one. With answers
         to other images, ``verdict`` says in a sentence whether the model uses its images. ``rows`` is the
-        number of rows that the questions are from, if some have several. ``image_loss_gap`` and
-        ``loss_by_kind`` are there if they were measured.
+        number of rows that the questions are from, if some have several. ``image_loss_gap``,
+        ``loss_by_kind`` and ``pairs`` are there if they were measured.
         """
         tasks = by_task(self.questions)
         scores = self._scores()
@@ -108,6 +111,8 @@ class Results:
             record["image_loss_gap"] = asdict(gap)
         if self.loss_by_kind:
             record["loss_by_kind"] = loss_record(self.loss_by_kind)
+        if self.pairs is not None:
+            record["pairs"] = asdict(self.pairs)
         if SHUFFLED in self.answers:
             record["verdict"] = image_use(self.questions, self.texts(AFTER), self.texts(SHUFFLED), gap)
         return {**record, "per_task": per_task}
