@@ -33,6 +33,7 @@ from .metrics import (
     normalize,
     user_metrics_record,
 )
+from .pair_rewards import PairRewards
 from .question_boxes import boxes_record
 from .questions import Question
 from .reference_answers import by_task, classes_of, is_free_text, majority_answers
@@ -82,7 +83,8 @@ class Results:
     """Answers to the same questions under several conditions: ``BEFORE``, ``AFTER`` and ``SHUFFLED``.
 
     metrics: what the answers are scored by. image_loss_gap: that of the final model, if it was measured.
-    loss_by_kind: the losses ``BEFORE`` and ``AFTER`` training, if there are rows without images.
+    loss_by_kind: the losses ``BEFORE`` and ``AFTER`` training, if there are rows without images. pairs: the
+    rewards of held-out pairs, after DPO and KTO.
     """
 
     questions: Sequence[Question]
@@ -90,6 +92,7 @@ class Results:
     metrics: Sequence[Metric] = (ACCURACY,)
     image_loss_gap: ImageLossGap | None = None
     loss_by_kind: dict[str, LossByKind] = field(default_factory=dict)
+    pairs: PairRewards | None = None
 
     @property
     def conditions(self) -> list[str]:
@@ -107,8 +110,8 @@ class Results:
         some questions only, such as those with boxes, ``<name>_samples`` is their number. With answers
         to other images, ``verdict`` says in a sentence whether the model uses its images. ``rows`` is the
         number of rows that the questions are from, if some have several, and ``boxes`` that of questions
-        with boxes in their answers, if any. ``image_loss_gap`` and ``loss_by_kind`` are there if they were
-        measured.
+        with boxes in their answers, if any. ``image_loss_gap``, ``loss_by_kind`` and ``pairs`` are there if
+        they were measured.
         """
         tasks = by_task(self.questions)
         scores = self._scores()
@@ -125,6 +128,8 @@ class Results:
             record["image_loss_gap"] = asdict(gap)
         if self.loss_by_kind:
             record["loss_by_kind"] = loss_record(self.loss_by_kind)
+        if self.pairs is not None:
+            record["pairs"] = asdict(self.pairs)
         if SHUFFLED in self.answers:
             record["verdict"] = image_use(self.questions, self.texts(AFTER), self.texts(SHUFFLED), gap)
         return {**record, "per_task": per_task}
