@@ -18,7 +18,8 @@ import numpy as np
 from flamingo_ft.config import RECIPE_FILE, Recipe
 from flamingo_ft.formatting import percent, significant
 
-from .image_use import MIN_QUESTIONS, REMEDY, correctness
+from .image_use import MIN_QUESTIONS, REMEDY
+from .metrics import ACCURACY
 from .probe import Probe
 from .probe_verdict import other_tower, tower_is_the_limit
 from .questions import Question
@@ -79,7 +80,7 @@ def share_right(results: Results, condition: str = AFTER) -> float:
     for indices in by_task(results.questions).values():
         questions = [results.questions[index] for index in indices]
         if not is_free_text(questions):
-            right += correctness(questions, [answers[index] for index in indices]).tolist()
+            right += ACCURACY.measure(questions, [answers[index] for index in indices]).tolist()
     return sum(right) / len(right) if right else math.nan
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from flamingo_ft.formatting import percent
 
 from .image_loss_gap import CLEARLY_ABOVE, ImageLossGap
-from .metrics import ACCURACY, IOU_50, mean, normalize
+from .metrics import ACCURACY, mean, normalize
 from .questions import Question
 from .reference_answers import by_task, is_free_text, majority_answers
 
@@ -57,17 +57,11 @@ def image_use(
     changed = mean([normalize(prediction) != normalize(other) for _, prediction, other in rows])
     if is_free_text(asked):
         return _verdict_on_free_text(changed, gap)
-    correct = correctness(asked, [prediction for _, prediction, _ in rows])
-    correct_shuffled = correctness(asked, [other for _, _, other in rows])
-    majority = mean(correctness(asked, majority_answers(asked)))
+    correct = ACCURACY.measure(asked, [prediction for _, prediction, _ in rows])
+    correct_shuffled = ACCURACY.measure(asked, [other for _, _, other in rows])
+    majority = mean(ACCURACY.measure(asked, majority_answers(asked)))
     tasks = _tasks_that_gain(asked, correct, correct_shuffled)
     return _verdict_on_scores(correct, correct_shuffled, tasks, changed, majority, gap)
-
-
-def correctness(questions: Sequence[Question], answers: Sequence[str]) -> np.ndarray:
-    """Return how right each answer is, 0..1: with boxes the share of them that is right, else exact match."""
-    has_boxes = [bool(question.boxes) for question in questions]
-    return np.where(has_boxes, IOU_50.measure(questions, answers), ACCURACY.measure(questions, answers))
 
 
 def _tasks_that_gain(

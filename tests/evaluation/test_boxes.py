@@ -18,7 +18,7 @@ from flamingo_ft.data.sample import Box, Sample
 from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation import evaluate
 from flamingo_ft.evaluation.advice import share_right
-from flamingo_ft.evaluation.image_use import correctness, image_use
+from flamingo_ft.evaluation.image_use import image_use
 from flamingo_ft.evaluation.metrics import ACCURACY, IOU, IOU_50
 from flamingo_ft.evaluation.questions import Question, questions_of
 from flamingo_ft.evaluation.reference_answers import is_free_text
@@ -197,8 +197,8 @@ def test_boxes_are_drawn_at_their_place_on_pictures_of_any_size(size):
 
 def test_an_answer_with_boxes_is_right_by_their_iou(picture):
     questions = [question(picture), replace(question(picture, 1), boxes=(), answer="A dog")]
-    assert correctness(questions, ["[100, 100, 300, 290]", "a dog"]).tolist() == [1, 1]
-    assert correctness(questions, [WRONG, RIGHT]).tolist() == [0, 0]
+    assert ACCURACY.measure(questions, ["[100, 100, 300, 290]", "a dog"]).tolist() == [1, 1]
+    assert ACCURACY.measure(questions, [WRONG, RIGHT]).tolist() == [0, 0]
     places = [f"[{100 * (n % 6)}, {100 * (n // 6)}, {100 * (n % 6) + 100}, 900]" for n in range(30)]
     many = [question(picture, n, place) for n, place in enumerate(places)]
     assert not is_free_text(many)
