@@ -74,7 +74,8 @@ def check_data(
         inspectors = [trained] * len(data.train) + [held_out] * len(data.eval)
         if recipe.train.method != "sft":
             check_method(data.train, recipe.train.method)
-        builder = ReportBuilder(data, recipe.eval, trained.limit, ProblemLog(new / PROBLEMS_FILE))
+        images, problems = processor.image_processor, ProblemLog(new / PROBLEMS_FILE)
+        builder = ReportBuilder(data, recipe.eval, trained.limit, problems, images)
         _inspect_all(sources, inspectors, builder, recipe.train.num_workers)
         text_form = dialogue_format(processor, eos_token_ids(recipe.model))
         report = builder.build(name, _training_lengths(recipe, data, stages or {}), text_form)
