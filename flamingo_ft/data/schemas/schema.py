@@ -279,12 +279,21 @@ def _media(
 ) -> list[MediaRef]:
     plural = f"{name}s"
     single = [] if _is_empty(row.get(name)) else parse_single(row[name], f"{where}: {name}")
-    several = [] if _is_empty(row.get(plural)) else list_field(row, plural, where)
+    several = [] if _is_empty(row.get(plural)) else _several(row, name, plural, where)
     if _is_empty(several):  # an empty list may have been given as JSON text
         several = []
     if single and several:
         raise UserError(f"{where}: expected {name} or {plural}, got both; join them in {plural}")
     return single or [MediaRef(value, f"{where}: {plural}[{index}]") for index, value in enumerate(several)]
+
+
+def _several(row: Row, name: str, plural: str, where: str) -> list[Any]:
+    try:
+        return list_field(row, plural, where)
+    except UserError as error:
+        if isinstance(row[plural], str):
+            raise UserError(f"{error}; the path of one {name} belongs in the field {name}") from None
+        raise
 
 
 def _one_or_more(value: Any, place: str) -> list[MediaRef]:
