@@ -201,6 +201,7 @@ class CheckReport:
         answers: lengths of the reference answers that evaluation will use.
         image_sizes: None without images.
         text_form: how the chat template writes dialogues; None if `dialogue_format` cannot determine it.
+        method_warnings: about the settings of the training method.
         lengths: of training by stage; without stages, under an empty name.
         probe: the content of probe.json; None without ``--probe`` or if it failed for ``probe_error``.
         probe_lines: what the probe says, in words.
@@ -217,6 +218,7 @@ class CheckReport:
     first_problems: list[Problem]
     answers: AnswerLengths
     lengths: dict[str, TrainingLength]
+    method_warnings: list[str] = field(default_factory=list)
     image_sizes: ImageSizes | None = None
     text_form: DialogueFormat | None = None
     probe: dict[str, Any] | None = None
@@ -252,16 +254,20 @@ class CheckReport:
     def warnings(self) -> list[str]:
         """What is probably unintended, one line each."""
         lines = [self.answers.warning, self.text_form.warning if self.text_form else None]
-        rewritten = sum(part.rewritten for part in self.parts)
+        rewritten = self._total("rewritten")
         if rewritten:
             lines.append(
                 f"the chat template leaves out or changes words of answers in {rewritten:,} samples "
                 "(many templates leave out the reasoning of earlier answers); "
                 "to train on every word, set data.template to flamingo"
             )
-        cut, boxes = (sum(getattr(part, name) for part in self.parts) for name in ("cut_boxes", "boxes"))
-        lines.append(cut_boxes_warning(cut, boxes))
+        lines.append(cut_boxes_warning(self._total("cut_boxes"), self._total("boxes")))
+        lines += self.method_warnings
         return [line for line in lines if line]
+
+    def _total(self, count: str) -> int:
+        """Return a count of `SourceStats` over all sources."""
+        return sum(getattr(part, count) for part in self.parts)
 
     @property
     def notes(self) -> list[str]:

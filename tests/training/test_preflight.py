@@ -22,6 +22,7 @@ from flamingo_ft.model import build_flamingo
 from flamingo_ft.model.build import backbone_files
 from flamingo_ft.plan import planner
 from flamingo_ft.training import preflight
+from flamingo_ft.training import train as train_module
 from flamingo_ft.training.build import make_trainer
 from flamingo_ft.training.preflight import check_loss, check_packing, evaluation_warnings, memory_notice
 
@@ -94,6 +95,15 @@ def test_train_prints_memory_and_warns_of_held_out_images_that_are_trained_on(
     )
     assert ("warning: an image of 1 of 1 held-out sample is trained on too" in output) == leaks
     assert not leaks or re.search(r"first \S*eval.jsonl: row 0, trained on in \S*train.jsonl: row 0", output)
+
+
+def test_train_warns_of_a_method_that_refines_a_model_where_the_bridge_is_new(folder, monkeypatch):
+    monkeypatch.setattr(train_module, "_run", lambda *arguments: {})
+    for method, warned in (("kto", True), ("sft", False)):
+        lines: list[str] = []
+        config = recipe(f"train.method={method}", f"train.output_dir={method}", "train.batch_size=2")
+        train_module.train(config, log=lines.append)
+        assert any(line.startswith("warning: train.method kto refines") for line in lines) == warned
 
 
 def test_held_out_boxes_that_the_crop_cuts_off_cause_a_warning(folder):
