@@ -137,7 +137,14 @@ def _contents(folder: Path, config: FlamingoConfig) -> list[str]:
     """Return labels of what the adapter holds."""
     if config.merged or not (folder / ADAPTER_WEIGHTS).is_file():
         return []
-    parts = [f"the {BRIDGE[part].label}" for part in parts_in_adapter(config)]
+    labels = {name: f"the {part.label}" for name, part in BRIDGE.items()}
+    options = config.perceiver or {}
+    if options.get("depth") == 0:  # what is left of it without layers
+        has_positions = any(options.get(f"max_{of}") for of in ("num_media", "num_frames", "tiles"))
+        labels["perceiver"] = (
+            f"the layer norm{' and positions' if has_positions else ''} of the visual tokens"
+        )
+    parts = [labels[part] for part in parts_in_adapter(config)]
     return parts + (["LoRA"] if read_lora_config(folder) is not None else [])
 
 

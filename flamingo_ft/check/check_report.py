@@ -151,7 +151,8 @@ class DuplicateStats:
     Attributes:
         copies: training samples that equal an earlier one.
         leaked: held-out samples that equal a training sample.
-        images: distinct images and videos, of which ``repeated_images`` occur more than once.
+        images: distinct images and videos, of which ``repeated_images`` occur more than once, and
+            ``images_asked_again`` in several samples with the same images and prompt.
         leaked_images: held-out samples that share an image or video with a training sample.
     """
 
@@ -161,6 +162,7 @@ class DuplicateStats:
     leaked_groups: list[DuplicateGroup]
     images: int
     repeated_images: int
+    images_asked_again: int
     repeated_groups: list[DuplicateGroup]
     leaked_images: int
 

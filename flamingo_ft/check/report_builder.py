@@ -133,6 +133,7 @@ class ReportBuilder:
             leaked_groups=self._named(duplicates.leaked_groups),
             images=duplicates.media,
             repeated_images=duplicates.repeated_media,
+            images_asked_again=duplicates.asked_again,
             repeated_groups=self._named(duplicates.repeated_groups),
             leaked_images=duplicates.leaked_media,
         )
@@ -178,7 +179,7 @@ class ProblemLog:
 
 
 class RowTable:
-    """Columns of numbers over the usable rows, in order: about 64 bytes per row and 20 per image or video.
+    """Columns of numbers over the usable rows, in order: about 72 bytes per row and 20 per image or video.
 
     ``medium`` (digest), ``medium_row`` (index of its row), ``medium_width`` and ``medium_height`` are columns
     over the images and videos of all rows.
@@ -195,6 +196,7 @@ class RowTable:
             "text_tokens": array("q"),
             "label_tokens": array("q"),
             "digest": array("Q"),
+            "prompt": array("Q"),
             "medium": array("Q"),
             "medium_row": array("i"),
             "medium_width": array("i"),
@@ -204,7 +206,7 @@ class RowTable:
     def add(self, result: RowResult) -> None:
         columns = self._columns
         index = len(columns["source"])
-        for name in ("source", "file", "row", "turns", "views", "text_tokens", "label_tokens", "digest"):
+        for name in columns.keys() - {"media", "medium", "medium_row"}:
             columns[name].append(getattr(result, name))
         columns["media"].append(len(result.media_digests))
         columns["medium"].extend(result.media_digests)
@@ -234,6 +236,7 @@ class Duplicates:
         leaked: held-out samples that equal a training sample.
         media: distinct images and videos.
         repeated_media: distinct images and videos that occur more than once.
+        asked_again: those of them in several samples with the same images and prompt.
         leaked_media: held-out samples that share an image or video with a training sample.
     """
 
@@ -243,6 +246,7 @@ class Duplicates:
     leaked_groups: list[RowGroup]
     media: int
     repeated_media: int
+    asked_again: int
     repeated_groups: list[RowGroup]
     leaked_media: int
 
@@ -257,6 +261,8 @@ def find_duplicates(rows: RowTable, train_sources: int) -> Duplicates:
     medium_is_eval = is_eval[medium_row] if len(medium_row) else np.empty(0, bool)
     leaked_media = medium_is_eval & np.isin(media, media[~medium_is_eval])
     _, counts = np.unique(media, return_counts=True)
+    _, prompt, times = np.unique(rows.column("prompt"), return_inverse=True, return_counts=True)
+    is_asked_again = times[prompt] > 1
     return Duplicates(
         copies=len(train_digests) - len(np.unique(train_digests)),
         copy_groups=_largest_groups(train_digests, indices[~is_eval]),
@@ -264,6 +270,7 @@ def find_duplicates(rows: RowTable, train_sources: int) -> Duplicates:
         leaked_groups=_largest_groups(digests, indices, only=digests[leaked]),
         media=len(counts),
         repeated_media=int((counts > 1).sum()),
+        asked_again=len(np.unique(media[is_asked_again[medium_row]])),
         repeated_groups=_largest_groups(media, medium_row),
         leaked_media=len(np.unique(medium_row[leaked_media])),
     )

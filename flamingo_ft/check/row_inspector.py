@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -72,7 +73,8 @@ class RowResult:
         dropped: left out by data.too_long.
         losses, answers: see `InspectedText`.
         rewritten: the chat template does not reproduce an answer verbatim.
-        digest: of the whole sample; media_digests: of the pixels of each image and video.
+        digest: of the whole sample; prompt: of its images and all but the answers; media_digests: of the
+            pixels of each image and video.
         media_sizes: width and height of each image and video.
         unread: text columns and message keys that the schema ignores.
         views: images that the tower encodes for the images and videos.
@@ -95,6 +97,7 @@ class RowResult:
     answers: tuple[int, ...] = ()
     rewritten: bool = False
     digest: int = 0
+    prompt: int = 0
     media_digests: list[int] = field(default_factory=list)
     media_sizes: list[Size] = field(default_factory=list)
     unread: tuple[str, ...] = ()
@@ -173,6 +176,7 @@ def _usable_row(
     assert text.encoded is not None
     kept = sample.images[: text.encoded.images]
     kept_media = media[: len(kept)]
+    pixels = [medium.digest for medium in media]
     longest = max(texts_of(text.encoded), key=lambda one: one.text_tokens)
     videos = sum(isinstance(medium, Video) for medium in kept)
     return RowResult(
@@ -188,7 +192,8 @@ def _usable_row(
         losses=text.losses,
         answers=text.answers,
         rewritten=text.encoded.rewritten,
-        digest=sample_digest(sample, [medium.digest for medium in media]),
+        digest=sample_digest(sample, pixels),
+        prompt=prompt_digest(sample, pixels),
         media_digests=[medium.digest for medium in kept_media],
         media_sizes=[medium.size for medium in kept_media],
         unread=sample.unread,
@@ -299,8 +304,17 @@ class MediaDecoder:
 
 def sample_digest(sample: Sample, media_digests: Iterable[int]) -> int:
     """Return a digest of everything that is learned from: text, images and their positions."""
-    learned = [sample.messages, sample.rejected, [*media_digests], sample.label]
-    text = json.dumps(learned, sort_keys=True)
+    return _text_digest([sample.messages, sample.rejected, [*media_digests], sample.label])
+
+
+def prompt_digest(sample: Sample, media_digests: Iterable[int]) -> int:
+    """Return a digest of the images and of the messages that are not the assistant's."""
+    asked = [message for message in sample.messages if message["role"] != "assistant"]
+    return _text_digest([asked, [*media_digests]])
+
+
+def _text_digest(parts: list[Any]) -> int:
+    text = json.dumps(parts, sort_keys=True)
     return _digest([text.encode("utf-8", "surrogatepass")])
 
 

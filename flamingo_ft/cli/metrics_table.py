@@ -171,9 +171,9 @@ def merge_table(report: Mapping[str, Any]) -> Table:
     asked = f", {plural(cost['answers'], 'question')} (95 % interval)"
     if report["prompts_from"] == MADE_UP:
         asked += ", the adapter's answers as reference"
-    table = Table(title=f"measured on {cost['samples']:,} {report['prompts_from']}", title_justify="left")
+    table = Table(title=f"measured on {report['prompts_from']}", title_justify="left")
     table.add_column("model")
-    table.add_column("loss", justify="right")
+    table.add_column(f"loss, {plural(cost['samples'], 'sample')}", justify="right")
     for metric in metrics:
         table.add_column(f"{metric.label}{asked}", justify="right")
     for name, loss in cost["loss"].items():
@@ -198,8 +198,8 @@ def merge_lines(report: Mapping[str, Any]) -> str:
         f"; largest error {verified['worst_error']:.2f} of what rounding allows" if verified["worst"] else ""
     )
     limits = "".join(
-        f", or {metric.label} {'lower' if metric.higher_is_better else 'higher'} by more than "
-        f"{_margin_text(metric, cost[f'{name}_margin'])} in the same way"
+        f" or {metric.label} {'falls' if metric.higher_is_better else 'rises'} by more than "
+        f"{_margin_text(metric, cost[f'{name}_margin'])}"
         for name, metric in METRICS.items()
         if cost.get(f"{name}_margin") is not None
     )
@@ -209,7 +209,7 @@ def merge_lines(report: Mapping[str, Any]) -> str:
         f"verified {verified['tensors']:,} tensors{lora}{worst}\n"
         f"loss {cost['loss_increase']:+z.4f} (standard error {cost['loss_increase_standard_error']:.4f})"
         f"{_changes(cost)}; "
-        f"rejected if the increase minus two standard errors exceeds {cost['margin']:.2g}{limits}\n"
+        f"rejected if, less two standard errors, the loss rises by more than {cost['margin']:.2g}{limits}\n"
         f"logits: token agreement {percent(report['token_agreement'])}, "
         f"max difference {report['relative']:.2g} relative to the largest logit, "
         f"over {report['tokens']:,} tokens"

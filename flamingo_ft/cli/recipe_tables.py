@@ -154,10 +154,10 @@ def repeat_lines(repeats: Mapping[str, Any]) -> Iterator[str]:
     for name, label in _REPEATS.items():
         if repeats[name]:
             yield f"{label}: {repeats[name]:,}"
-    if repeats["repeated_images"]:
-        verb = "is" if repeats["repeated_images"] == 1 else "are"
+    if repeats["images_asked_again"]:
+        verb = "is" if repeats["images_asked_again"] == 1 else "are"
         images = f"{repeats['images']:,} distinct images"
-        yield f"{repeats['repeated_images']:,} of {images} {verb} used more than once"
+        yield f"{repeats['images_asked_again']:,} of {images} {verb} used more than once with the same prompt"
 
 
 def question_lines(probe: Mapping[str, Any]) -> Iterator[str]:

@@ -70,8 +70,11 @@ def train(
         raise UserError(f"{error}; to try the recipe without one, add --smoke") from error
     if is_main_process():
         from flamingo_ft.adapters.trained_on import generate_options
+        from flamingo_ft.report.run_folder import REPORT_FILE
 
         folder = settings.train.output_dir
+        if (folder / REPORT_FILE).is_file():
+            typer.echo(f"report in {folder / REPORT_FILE}")
         typer.echo(f"adapter in {folder}; try it: flamingo-ft generate {folder} {generate_options(folder)}")
 
 

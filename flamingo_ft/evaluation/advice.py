@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,7 +20,7 @@ from flamingo_ft.formatting import significant
 from .image_use import MIN_QUESTIONS, REMEDY, correctness
 from .probe import Probe
 from .probe_verdict import OTHER_TOWER, tower_is_the_limit
-from .reference_answers import is_free_text
+from .reference_answers import by_task, is_free_text
 from .results import AFTER, Results
 
 GOOD = 0.9  # share of right answers from which on nothing is advised
@@ -69,11 +68,8 @@ def add_advice(
 
 def share_right(results: Results) -> float:
     """Return the share of right answers; NaN if all of them are free text, whose exact match says little."""
-    tasks: dict[str, list[int]] = defaultdict(list)
-    for index, question in enumerate(results.questions):
-        tasks[question.task].append(index)
     right, answers = [], results.texts(AFTER)
-    for indices in tasks.values():
+    for indices in by_task(results.questions).values():
         questions = [results.questions[index] for index in indices]
         if not is_free_text(questions):
             right += correctness(questions, [answers[index] for index in indices]).tolist()

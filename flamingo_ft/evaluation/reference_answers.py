@@ -25,6 +25,24 @@ def most_frequent_answer(questions: Sequence[Question]) -> str:
     return written[counts.most_common(1)[0][0]]
 
 
+def majority_answers(questions: Sequence[Question]) -> list[str]:
+    """Return the most frequent reference answer of each question's task."""
+    answers = [""] * len(questions)
+    for indices in by_task(questions).values():
+        answer = most_frequent_answer([questions[index] for index in indices])
+        for index in indices:
+            answers[index] = answer
+    return answers
+
+
+def by_task(questions: Sequence[Question]) -> dict[str, list[int]]:
+    """Return the indices of each task's questions."""
+    indices: dict[str, list[int]] = defaultdict(list)
+    for index, question in enumerate(questions):
+        indices[question.task].append(index)
+    return indices
+
+
 def classes_of(questions: Sequence[Question]) -> dict[str, list[int]] | None:
     """Return the classes of a task, its distinct reference answers, and the indices of their questions.
 
@@ -63,7 +81,5 @@ def _words(question: Question) -> list[str]:
 
 def has_free_text(questions: Sequence[Question]) -> bool:
     """Whether the reference answers of any task are free text."""
-    by_task = defaultdict(list)
-    for question in questions:
-        by_task[question.task].append(question)
-    return any(map(is_free_text, by_task.values()))
+    tasks = by_task(questions).values()
+    return any(is_free_text([questions[index] for index in indices]) for indices in tasks)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,10 @@ from .image_loss_gap import ImageLossGap
 from .image_use import image_use
 from .loss_by_kind import LossByKind, loss_record
 from .metrics import ACCURACY, Metric, Prediction, metrics_in, normalize, user_metrics_record
+from .pair_rewards import PairRewards
 from .question_boxes import boxes_record
 from .questions import Question
-from .reference_answers import classes_of, is_free_text, most_frequent_answer
+from .reference_answers import by_task, classes_of, is_free_text, majority_answers
 from .scores import Scores
 
 # Conditions under which questions are asked.
@@ -69,7 +70,8 @@ class Results:
     """Answers to the same questions under several conditions: ``BEFORE``, ``AFTER`` and ``SHUFFLED``.
 
     metrics: what the answers are scored by. image_loss_gap: that of the final model, if it was measured.
-    loss_by_kind: the losses ``BEFORE`` and ``AFTER`` training, if there are rows without images.
+    loss_by_kind: the losses ``BEFORE`` and ``AFTER`` training, if there are rows without images. pairs: the
+    rewards of held-out pairs, after DPO and KTO.
     """
 
     questions: Sequence[Question]
@@ -77,6 +79,7 @@ class Results:
     metrics: Sequence[Metric] = (ACCURACY,)
     image_loss_gap: ImageLossGap | None = None
     loss_by_kind: dict[str, LossByKind] = field(default_factory=dict)
+    pairs: PairRewards | None = None
 
     @property
     def conditions(self) -> list[str]:
@@ -92,15 +95,13 @@ class Results:
 
         A metric that is not defined on the answers is None, such as F1 without a positive one. With answers
         to other images, ``verdict`` says in a sentence whether the model uses its images. ``rows`` is the
-        number of rows that the questions are from, if some have several. ``image_loss_gap`` and
-        ``loss_by_kind`` are there if they were measured.
+        number of rows that the questions are from, if some have several. ``image_loss_gap``,
+        ``loss_by_kind`` and ``pairs`` are there if they were measured.
         """
-        by_task: dict[str, list[int]] = defaultdict(list)
-        for index, question in enumerate(self.questions):
-            by_task[question.task].append(index)
-        scores = self._scores(by_task.values())
+        tasks = by_task(self.questions)
+        scores = self._scores()
         record = self._values(scores, None, overall_key)
-        per_task = {task: self._task_record(scores, indices) for task, indices in sorted(by_task.items())}
+        per_task = {task: self._task_record(scores, indices) for task, indices in sorted(tasks.items())}
         record |= user_metrics_record(self.metrics)
         rows = len({question.sample for question in self.questions})
         if 1 < rows < len(self.questions):  # questions without data are all of sample 0
@@ -110,19 +111,17 @@ class Results:
             record["image_loss_gap"] = asdict(gap)
         if self.loss_by_kind:
             record["loss_by_kind"] = loss_record(self.loss_by_kind)
+        if self.pairs is not None:
+            record["pairs"] = asdict(self.pairs)
         if SHUFFLED in self.answers:
             record["verdict"] = image_use(self.questions, self.texts(AFTER), self.texts(SHUFFLED), gap)
         return {**record, "per_task": per_task}
 
-    def _scores(self, tasks: Iterable[Sequence[int]]) -> Scores:
+    def _scores(self) -> Scores:
         """Score the answers, and as a baseline the most frequent reference answer of each question's task."""
-        majority = [""] * len(self.questions)
-        for indices in tasks:
-            answer = most_frequent_answer([self.questions[index] for index in indices])
-            for index in indices:
-                majority[index] = answer
         answers = {condition: self.answers[condition] for condition in self.conditions}
-        return Scores.of(self.metrics, self.questions, answers, {MAJORITY: majority})
+        baseline = {MAJORITY: majority_answers(self.questions)}
+        return Scores.of(self.metrics, self.questions, answers, baseline)
 
     def _values(
         self, scores: Scores, indices: Sequence[int] | None, key: Callable[[Metric, str], str]

@@ -1,4 +1,4 @@
-"""Tables of a run beside its scores: held-out losses with and without images, and the stages of the run."""
+"""Tables of a run beside its scores: held-out losses with and without images, held-out pairs, and stages."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flamingo_ft.adapters.card import TextTable
-from flamingo_ft.formatting import duration
+from flamingo_ft.formatting import duration, percent
 
 from .loss_by_kind import KIND_LABELS, TEXT_ONLY, WITH_IMAGES
 from .metrics import metrics_in
@@ -14,6 +14,8 @@ from .results import AFTER, BEFORE, COLUMN_HEADERS, overall_key
 
 TRAINED = "trained"  # a header
 LOSS_TITLE = "Held-out loss, nats per label token"
+PAIRS_TITLE = "Held-out pairs: reward of the chosen and of the rejected answer"
+PAIRS_HEADERS = ["pairs", "chosen answer has the larger reward", "mean difference"]
 STAGES_TITLE = "Stages, and held-out scores after each"
 LOSS_HEADERS = {TEXT_ONLY: "text-only loss", WITH_IMAGES: "loss with images"}
 
@@ -24,6 +26,8 @@ def run_tables(metrics: Mapping[str, Any]) -> list[TextTable]:
     tables = []
     if evaluation.get("loss_by_kind"):
         tables.append(_loss_table(evaluation["loss_by_kind"]))
+    if evaluation.get("pairs"):
+        tables.append(_pairs_table(evaluation["pairs"]))
     if stages:
         tables.append(_stage_table(evaluation, stages))
     return tables
@@ -36,6 +40,11 @@ def _loss_table(record: Mapping[str, Mapping[str, float]]) -> TextTable:
         for kind, losses in record.items()
     ]
     return TextTable(LOSS_TITLE, ["rows", "samples", *(COLUMN_HEADERS[name] for name in conditions)], rows)
+
+
+def _pairs_table(record: Mapping[str, float]) -> TextTable:
+    ranked, margin = percent(record["ranked_correctly"]), f"{record['reward_margin']:+.3g}"
+    return TextTable(PAIRS_TITLE, PAIRS_HEADERS, [[f"{record['samples']:,}", ranked, margin]])
 
 
 def _stage_table(evaluation: Mapping[str, Any], stages: Sequence[Mapping[str, Any]]) -> TextTable:

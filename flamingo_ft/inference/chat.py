@@ -25,14 +25,15 @@ class Chat:
         self.conversation = conversation
         self.waiting: list[str] = []  # images for the next question
         self.ended = False
-        self._commands: dict[str, tuple[Callable[[list[str]], Iterator[str]], str]] = {
-            "/image": (self._image, "FILE ...  add images to the next question"),
-            "/undo": (self._undo, "remove the last question and its answer"),
-            "/reset": (self._reset, "begin anew"),
-            "/history": (self._history, "print the dialogue"),
-            "/save": (self._save, "FILE  write the dialogue as a row to train on (JSONL)"),
-            "/help": (self._help, "print these commands"),
-            "/exit": (self._exit, "leave; Ctrl-D does too"),
+        # Name -> function, arguments, and what it does.
+        self._commands: dict[str, tuple[Callable[[list[str]], Iterator[str]], str, str]] = {
+            "/image": (self._image, "FILE ...", "add images to the next question"),
+            "/undo": (self._undo, "", "remove the last question and its answer"),
+            "/reset": (self._reset, "", "begin anew"),
+            "/history": (self._history, "", "print the dialogue"),
+            "/save": (self._save, "FILE", "write the dialogue as a row to train on (JSONL)"),
+            "/help": (self._help, "", "print these commands"),
+            "/exit": (self._exit, "", "leave; Ctrl-D does too"),
         }
 
     def respond(self, line: str) -> Iterator[str]:
@@ -49,7 +50,7 @@ class Chat:
             return
         if words[0] not in self._commands:
             raise UserError(f"{words[0]}: no such command; use one of {', '.join(self._commands)}")
-        run, _ = self._commands[words[0]]
+        run, *_ = self._commands[words[0]]
         yield from run(_arguments(words))
 
     def _ask(self, text: str) -> Iterator[str]:
@@ -99,8 +100,10 @@ class Chat:
         yield f"saved in {file}\n"
 
     def _help(self, _: list[str]) -> Iterator[str]:
-        for name, (_run, text) in self._commands.items():
-            yield f"{name} {text}\n"
+        usages = {f"{name} {files}": text for name, (_run, files, text) in self._commands.items()}
+        width = max(map(len, usages))
+        for usage, text in usages.items():
+            yield f"{usage:{width}}  {text}\n"
 
     def _exit(self, _: list[str]) -> Iterator[str]:
         self.ended = True

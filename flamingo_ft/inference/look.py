@@ -67,7 +67,8 @@ class Look:
         return self.average.sum((2, 3, 4))
 
     def figure(self, layer: int | None = None) -> Figure:
-        """Draw the weights over the pictures, one panel per token, on one colour scale.
+        """Draw the weights over the pictures, one panel per token, on one colour scale. It begins at the
+        weight that each visual token would have if attention were spread evenly.
 
         layer: one of ``layers``; by default the average over all. The grid is stretched over the picture as
         the tower sees it; a tower that ignores a border narrower than a patch is off by less than that.

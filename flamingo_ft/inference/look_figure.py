@@ -28,8 +28,9 @@ TITLE_POINTS, LABEL_POINTS = 11, 9
 MAX_TITLE_CHARACTERS = 18
 PLAIN_TITLE = "as the tower sees it"
 Place = tuple[float, float, float, float]  # left, right, bottom and top, in picture heights
-# From transparent to red: patches without attention show the picture.
+# From transparent to red: patches with no more attention than if it were spread evenly show the picture.
 COLOURS = LinearSegmentedColormap.from_list("attention", [(0.9, 0.1, 0.0, 0.0), (0.9, 0.1, 0.0, 0.9)])
+MIN_SCALE = 2.0  # times the even weight, at which the scale ends at least: noise of even attention stays pale
 DARKEST, LIGHTEST = 90, 240  # of the grey pictures: red is as visible on black as on white
 
 
@@ -39,8 +40,8 @@ def draw_look(
     """Draw weights (T, M, F, h, w) over the pictures (F, H, W, 3) of each medium, one panel per token.
 
     grids: of each medium's tiles, which are put together to the image. The pictures come first without
-    weights. The colours of all panels go from zero to the largest weight of
-    a visual token. Of several media, each shows its share of the token's attention.
+    weights. The colours of all panels are on the scale of `colour_limits`. Of several media, each shows its
+    share of the token's attention.
     """
     places = _places(pictures, grids)
     width = places[-1][-1][1]
@@ -54,16 +55,27 @@ def draw_look(
         facecolor="white",
     )
     panels = figure.subplots(rows, columns, squeeze=False)
-    largest = float(weights.max(initial=0)) or 1.0
+    limits = colour_limits(weights)
     for axes in panels.flat:
         axes.set_axis_off()
     first, *others = panels.flat
     _draw_strip(first, PLAIN_TITLE, pictures, places)
     for axes, token, own in zip(others, tokens, weights, strict=False):
         _draw_strip(axes, token_title(token), [_grey(frames) for frames in pictures], places)
-        _draw_weights(axes, places, own, largest)
-    _draw_bar(figure, panels, largest)
+        _draw_weights(axes, places, own, limits)
+    _draw_bar(figure, panels, limits)
     return figure
+
+
+def colour_limits(weights: np.ndarray) -> tuple[float, float]:
+    """Return the weights without colour and of full colour, for weights (T, M, F, h, w).
+
+    The first is that of each visual token if attention were spread evenly over those that get any. The second
+    is the largest, but at least twice the first, so that almost even attention looks like it.
+    """
+    visible = np.count_nonzero(weights.any(axis=0))
+    even = 1 / visible if visible else 0.0
+    return even, max(float(weights.max(initial=0)), MIN_SCALE * even) or 1.0
 
 
 def _places(pictures: Sequence[np.ndarray], grids: Sequence[Grid]) -> list[list[Place]]:
@@ -104,9 +116,11 @@ def _draw_strip(
     axes.set_title(title, fontsize=TITLE_POINTS, color=INK, parse_math=False)
 
 
-def _draw_weights(axes: Axes, places: Sequence[Sequence[Place]], weights: np.ndarray, largest: float) -> None:
+def _draw_weights(
+    axes: Axes, places: Sequence[Sequence[Place]], weights: np.ndarray, limits: tuple[float, float]
+) -> None:
     """Draw weights (M, F, h, w) over the strip, and under each of several media its share."""
-    look: dict[str, Any] = {"cmap": COLOURS, "vmin": 0, "vmax": largest, "interpolation": "nearest"}
+    look: dict[str, Any] = {"cmap": COLOURS, "norm": Normalize(*limits), "interpolation": "nearest"}
     for number, (places_of_medium, own) in enumerate(zip(places, weights, strict=True), start=1):
         for place, grid in zip(places_of_medium, own, strict=False):
             axes.imshow(grid, extent=place, **look)
@@ -129,12 +143,13 @@ def token_title(token: str) -> str:
     return text if len(text) <= MAX_TITLE_CHARACTERS else text[: MAX_TITLE_CHARACTERS - 1] + "…"
 
 
-def _draw_bar(figure: Figure, panels: np.ndarray, largest: float) -> None:
+def _draw_bar(figure: Figure, panels: np.ndarray, limits: tuple[float, float]) -> None:
     """Draw the colour scale at the upper right, in the same size beside any number of panels."""
+    even, _ = limits
     height = figure.get_figheight()
     length = min(BAR_LENGTH_INCHES, 0.85 * height)
     bar = figure.colorbar(
-        ScalarMappable(Normalize(0, largest), COLOURS),
+        ScalarMappable(Normalize(*limits), COLOURS),
         ax=panels,
         anchor=(0.0, 1.0),
         shrink=length / height,
@@ -144,5 +159,6 @@ def _draw_bar(figure: Figure, panels: np.ndarray, largest: float) -> None:
     bar.ax.set_facecolor("#9b9b9b")  # a grey between those of the pictures
     bar.ax.yaxis.set_major_locator(MaxNLocator(nbins=4))
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))
-    bar.set_label("attention per patch", fontsize=LABEL_POINTS, color=INK)
+    label = f"attention per patch\n(no colour: even, {100 * even:.2g} %)"
+    bar.set_label(label, fontsize=LABEL_POINTS, color=INK)
     bar.ax.tick_params(labelsize=LABEL_POINTS, colors=INK)

@@ -1,7 +1,8 @@
 """The start of a notebook: where its runs are kept, and its recipe files.
 
-With SMOKE=1 in the environment, a notebook runs offline on a CPU in a minute: its recipes are replaced by
-their trials, with small stand-ins for what they would fetch (`flamingo_ft.training.trial`).
+With SMOKE=1 in the environment, a notebook is only tried, offline on a CPU in a minute: its recipes are
+replaced by their trials of a few steps, with small stand-ins for what they would fetch
+(`flamingo_ft.training.trial`).
 """
 
 from __future__ import annotations
@@ -82,8 +83,10 @@ def write_recipe(file: Path, recipe: str | Path, changes: Mapping[str, Any] | No
 
 
 def _trial(recipe: Recipe, folder: Path) -> Recipe:
-    """Return the trial of a recipe with a log entry for each of a few steps, and print its stand-ins."""
+    """Return the trial of a recipe with a log entry for each of a few steps, and print what it leaves out."""
     trial = Trial(recipe, folder)
+    samples = trial.recipe.eval.max_samples
+    print(f"SMOKE=1: {SMOKE_STEPS} steps and {samples} held-out samples per source, which show no skill")
     for line in trial.stand_ins:
         print(line)
     changes = {"max_steps": SMOKE_STEPS, "logging_steps": 1}

@@ -35,6 +35,8 @@ MAX_POINTS = 2000  # per curve; more would be finer than a pixel
 MAX_LEGEND_CHARACTERS = 40  # of all labels; a longer legend would reach the title, and is inside the axes
 MAX_MARKED_POINTS = 12  # curves of so few points show each as a dot
 LOG_SCALE_RATIO = 50  # a gradient norm that spans more than this has a logarithmic axis
+EARLY_SHARE = 0.1  # of the steps, whose losses may be cut off at the top
+CUT_OFF_RATIO = 2.0  # if they exceed all later ones by more than this factor
 PER_LABEL_TOKEN = "loss (nats per label token)"
 COLOURS = (BLUE, ORANGE, GREEN, VIOLET, RED, TEAL)
 STEP_LABEL = "optimizer step"
@@ -75,14 +77,33 @@ def loss_curve(run: str | Path) -> Figure:
 
 
 def loss_figure(entries: Sequence[Entry]) -> Figure | None:
-    """Plot the loss in training and on held-out samples; of GRPO only the latter, if there is one."""
+    """Plot the loss in training and on held-out samples; of GRPO only the latter, if there is one.
+
+    Much larger losses at the very beginning are above the axis, so that the end of the curve is readable.
+    """
     training, evaluation = curve(entries, "loss", "training"), curve(entries, "eval_loss", "held-out")
     is_grpo = any("reward" in entry for entry in entries)
     if is_grpo and evaluation is not None:  # another quantity than the policy loss of training
         return _figure("Held-out loss", PER_LABEL_TOKEN, [evaluation], from_zero=True)
     curves = _present(training, evaluation)
     title = "Loss" if len(curves) > 1 else "Training loss"
-    return _figure(title, _loss_unit(entries), curves, from_zero=True)
+    figure = _figure(title, _loss_unit(entries), curves, from_zero=True)
+    if figure is not None:
+        _cut_off_early(figure.axes[0], curves)
+    return figure
+
+
+def _cut_off_early(axes: Axes, curves: Sequence[Curve]) -> None:
+    """Let the axis end above the later values if early ones are much larger, and write down the largest."""
+    points = [point for one in curves for point in zip(one.steps, one.values, strict=True)]
+    last = max(step for step, _ in points)
+    later = max((value for step, value in points if step > EARLY_SHARE * last), default=0.0)
+    first, largest = max(points, key=lambda point: point[1])
+    if min(value for _, value in points) >= 0 and largest > CUT_OFF_RATIO * later > 0:
+        axes.set_ylim(0, 1.3 * later)  # with room for the text
+        text = f"up to {significant(largest)} at step {first:,}"
+        place = {"xytext": (6, -14), "textcoords": "offset points", "ha": "left", "va": "top"}
+        axes.annotate(text, (EARLY_SHARE, 1), xycoords="axes fraction", fontsize=9, color=INK, **place)
 
 
 def _loss_unit(entries: Sequence[Entry]) -> str:

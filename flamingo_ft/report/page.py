@@ -24,6 +24,7 @@ from flamingo_ft.evaluation.image_loss_gap import LOG_KEY, ImageLossGap
 from flamingo_ft.evaluation.image_use import NO_USE, NOT_LOOKING, READS_IMAGES
 from flamingo_ft.evaluation.loss_by_kind import TEXT_ONLY, log_key
 from flamingo_ft.evaluation.metrics import ACCURACY, Metric
+from flamingo_ft.evaluation.pair_rewards import MARGIN_KEY, RANKED_KEY
 from flamingo_ft.evaluation.probe_verdict import BLIND, LEARN_FASTER, tower_lines
 from flamingo_ft.evaluation.results import COLUMN_HEADERS, class_scores, score_tables
 from flamingo_ft.evaluation.run_tables import run_tables
@@ -157,8 +158,10 @@ def _logged_facts(metrics: Sequence[Metric]) -> list[tuple[str, str, Callable[[f
         ("held-out loss, text only", log_key(TEXT_ONLY), "{:.4g}".format),
         *((f"held-out {metric.label}", f"eval_{metric.name}", metric.text) for metric in metrics),
         ("reward", "reward", "{:.3g}".format),
-        ("reward margin", "rewards/margins", "{:.3g}".format),
-        ("pairs ranked correctly", "rewards/accuracies", percent),
+        ("held-out pairs ranked correctly", RANKED_KEY, percent),
+        ("held-out reward margin", MARGIN_KEY, "{:.3g}".format),
+        ("training pairs ranked correctly", "rewards/accuracies", percent),
+        ("training reward margin", "rewards/margins", "{:.3g}".format),
         ("label tokens/s", "label_tokens_per_second", significant),
         ("images/s", "images_per_second", significant),
         ("memory", "memory_gib", "{:.2f} GiB".format),

@@ -71,7 +71,10 @@ def answers_figure(predictions: Sequence[dict[str, Any]], rows: int = 3, columns
 
 
 def sample_grid(samples: Sequence[Sample], rows: int = 2, columns: int = 4) -> Figure:
-    """Show samples of all tasks: their images, the user's turns, and the assistant's in blue."""
+    """Show samples of all tasks: their images, the user's turns, and the assistant's in blue.
+
+    Of preference pairs both answers are shown. They and labelled answers are green if good and red if bad.
+    """
     shown = spread(samples, rows * columns, lambda sample: sample.task)
     return _grid([_sample_cell(sample) for sample in shown], columns)
 
@@ -134,12 +137,10 @@ def _prediction_boxes(prediction: dict[str, Any], condition: str | None) -> list
 
 def _answer_line(prediction: dict[str, Any], condition: str) -> Line:
     mark, colour = ("✓", GREEN) if _is_correct(prediction, condition) else ("✗", RED)
+    iou = ""
     if _has_boxes(prediction):
-        iou = IOU.text(mean_iou(answer_ious(prediction[condition], prediction["answer"])))
-        return _cut(
-            f"{mark} {condition}: {prediction[condition] or '(nothing)'}, IoU {iou}", ANSWER_LINES
-        ), colour
-    return _cut(f"{mark} {condition}: {prediction[condition] or '(nothing)'}", ANSWER_LINES), colour
+        iou = f" (IoU {IOU.text(mean_iou(answer_ious(prediction[condition], prediction['answer'])))})"
+    return _cut(f"{mark} {condition}{iou}: {prediction[condition] or '(nothing)'}", ANSWER_LINES), colour
 
 
 def _has_boxes(prediction: dict[str, Any]) -> bool:
@@ -163,8 +164,24 @@ def _sample_cell(sample: Sample) -> _Cell:
     for message, text in zip(turns, texts, strict=True):
         max_lines, colour = styles[message["role"]]
         lines.append((_cut(text, max_lines), colour))
+    lines[-1:] = _rated_answers(sample) or lines[-1:]
     images = [open_medium(medium, sample.where)[0] for medium in sample.images]
     return _Cell(images, lines[0][0], lines[1:], _sample_boxes(sample, images))
+
+
+def _rated_answers(sample: Sample) -> list[Line]:
+    """Return the last message and, of a preference pair, the rejected answer; empty for other samples."""
+    answers = []
+    if sample.rejected:
+        answers = [("chosen", sample.messages[-1], GREEN), ("rejected", sample.rejected[-1], RED)]
+    elif sample.label is not None:
+        answers = [
+            ("good", sample.messages[-1], GREEN) if sample.label else ("bad", sample.messages[-1], RED)
+        ]
+    return [
+        (_cut(f"{rating}: {display_text(message).strip()}", ANSWER_LINES), colour)
+        for rating, message, colour in answers
+    ]
 
 
 def _sample_boxes(sample: Sample, images: Sequence[Image.Image]) -> list[list[DrawnBox]]:

@@ -55,10 +55,11 @@ class EvalBatches:
 
     Process ``rank`` of ``world_size`` (None: this process) gets every ``world_size``-th batch. All processes
     get the same number of batches; the last one may be a repetition with weight 0. With ``features``, the
-    vision tower encodes only images that are not cached.
+    vision tower encodes only images that are not cached. method: whose batches they are, by default those of
+    the recipe's.
 
     Raises UserError for samples that ``data.too_long`` refuses, for samples without a rejected answer if
-    ``train.method`` is dpo, without a label if it is kto, and if no sample has label tokens; with
+    the method is dpo, without a label if it is kto, and if no sample has label tokens; with
     ``skip_unusable``, such samples are left out instead.
     """
 
@@ -73,8 +74,9 @@ class EvalBatches:
         world_size: int | None = None,
         features: FeatureCache | None = None,
         skip_unusable: bool = False,
+        method: str | None = None,
     ):
-        method = LOSS_OF.get(recipe.train.method, recipe.train.method)
+        method = method or LOSS_OF.get(recipe.train.method, recipe.train.method)
         samples = _compared_samples(samples, method)
         limit = text_limit(model.config, recipe.data.max_text_tokens)
         encode = encoder(processor, recipe, limit, method)

@@ -49,6 +49,7 @@ from .interruptions import StopOnSignal, attach_memory_plan, io_errors_as_user_e
 from .monitoring import ProgressBar, tracker_callbacks
 from .non_finite import SKIPPED, count_skipped_steps
 from .output_dir import archive_metrics, prepare_output_dir
+from .pair_rewards import measure_pair_rewards, pair_batches
 from .preflight import evaluation_warnings, memory_notice
 from .resume import StartPoint, find_start_point, pin_init_from
 from .stage_results import LEFT_OUT_FILE
@@ -208,6 +209,7 @@ def _run(
             atomic.write_text(output_dir / RECIPE_FILE, dump_recipe(recipe))
         evaluator = Evaluator(model, processor, eval_samples, recipe, progress, metrics_of_answers)
         eval_batches = _prepare_eval_batches(trainer, evaluator, eval_samples, processor, recipe, progress)
+        pairs = pair_batches(trainer, eval_samples, processor, recipe, progress)
         if recipe.eval.before:
             _evaluate_before(evaluator, eval_samples, checkpoint, output_dir)
         train_metrics = _train(trainer, data, recipe, checkpoint, stop)
@@ -217,6 +219,8 @@ def _run(
             evaluator.evaluate(SHUFFLED, with_other_images(eval_samples, recipe.train.seed))
         if eval_batches is not None:
             _add_losses(evaluator.results, trainer, recipe, eval_batches)
+        if pairs is not None:
+            _add_pair_rewards(evaluator.results, trainer, recipe, pairs)
         progress.refresh()  # otherwise notebooks show the last bar unfinished
     metrics = {"eval": evaluator.results.summary()} if eval_samples else {}
     probe = load_probe(output_dir, recipe)
@@ -321,12 +325,24 @@ def _add_losses(results: Results, trainer: Any, recipe: Recipe, eval_batches: Ev
     final = final_losses(trainer, recipe, eval_batches)
     results.image_loss_gap = final.gap
     if final.by_kind is not None and logged_losses(trainer, trainer.state.global_step).by_kind is None:
-        trainer.state.log_history.append({**final.by_kind.log_values(), "step": trainer.state.global_step})
-        if processes.is_main():
-            write_log(recipe.train.output_dir, trainer.state.log_history)
+        _add_to_log(trainer, recipe, final.by_kind.log_values())
     for condition, measured in ((BEFORE, logged_losses(trainer, 0).by_kind), (AFTER, final.by_kind)):
         if measured is not None:
             results.loss_by_kind[condition] = measured
+
+
+def _add_pair_rewards(results: Results, trainer: Any, recipe: Recipe, pairs: EvalBatches) -> None:
+    """Add the rewards of held-out pairs to the results, and to the log if evaluations did not."""
+    results.pairs = measure_pair_rewards(trainer, pairs, recipe)
+    if results.pairs is not None and not recipe.eval.steps:
+        _add_to_log(trainer, recipe, results.pairs.log_values())
+
+
+def _add_to_log(trainer: Any, recipe: Recipe, values: Mapping[str, float]) -> None:
+    """Add an entry about the end of the run to its log, which training has closed."""
+    trainer.state.log_history.append({**values, "step": trainer.state.global_step})
+    if processes.is_main():
+        write_log(recipe.train.output_dir, trainer.state.log_history)
 
 
 def _evaluate_before(

@@ -48,8 +48,8 @@ print(metrics["eval"]["verdict"])
 # ## Gates over training
 #
 # The output of each cross-attention block enters the language model times tanh(gate), and that of its feed-forward
-# layer times another. All gates start at zero: at step 0 the model is the language model alone. The loss falls as they
-# open.
+# layer times another. All gates start at zero: at step 0 the model is the language model alone. Over the 240 steps, the
+# loss falls as they open.
 
 # %% tags=["figure"]
 gate_figure(log)
@@ -70,8 +70,9 @@ image_loss_gap_figure(log)
 # %% [markdown]
 # ## What the perceiver keeps
 #
-# The tower gives 64 visual tokens per image, one per patch. The perceiver resamples them into 8 latents. Red is how much
-# of each patch a latent holds, through both layers of the perceiver.
+# The tower gives 64 visual tokens per image, one per patch. The perceiver resamples them into 8 latents. Red marks the
+# patches of which a latent holds more than an even share, through both layers of the perceiver. Latents that are hardly
+# trained hold nearly the same of every patch, and have hardly any colour.
 
 # %% tags=["figure"]
 predictor = Predictor.from_pretrained(recipe.train.output_dir)
@@ -84,7 +85,7 @@ look.latent_figure()
 # ## Where tokens look
 #
 # For each token of the answer: its attention over the latents, passed on to the patches that they hold; first as a mean
-# over the layers, then for one layer.
+# over the layers, then for one layer. Again only patches with more than an even share have colour.
 
 # %% tags=["figure"]
 print(look.answer)
@@ -94,8 +95,9 @@ look.figure()
 look.figure(layer=look.layers[-1])
 
 # %% [markdown]
-# Two images. Below each panel is the share of the token's attention that each image gets: a trained model attends to
-# the first image for the first digit, and to the second for the other one.
+# Two images. Below each panel is the share of the token's attention that each image gets. A model that has learned to
+# name both attends more to the first image for the first digit, and more to the second for the other one; one that has
+# not, such as after the few steps of `SMOKE=1`, to both about equally.
 
 # %% tags=["figure"]
 pair = next(sample for sample in held_out if sample.task == "name_both").images

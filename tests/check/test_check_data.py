@@ -244,8 +244,18 @@ def test_duplicate_samples_and_images_are_found_by_content(folder):
     assert repeats.leaked_groups[0].rows == {train["path"]: [0, 2], eval_entry["path"]: [1]}
     assert (repeats.images, repeats.repeated_images) == (2, 1) and repeats.repeated_groups[0].times == 5
     line = "1 of 2 distinct images is used more than once"
-    assert line in [*check_tables(findings.record())]
-    assert line in (folder / "check" / "check.html").read_text()
+    assert f"{line} with the same prompt" in [*check_tables(findings.record())]
+    assert f"{line}, 1 of them with the same prompt." in (folder / "check" / "check.html").read_text()
+
+
+def test_images_that_are_asked_different_questions_are_no_line(folder):
+    rows = [asked(f"<image>{question}?", "A", ("a.png",)) for question in "xyz"]
+    findings = checked(folder, [write_rows(folder / "x.jsonl", rows)])
+    assert (findings.repeats.repeated_images, findings.repeats.images_asked_again) == (1, 0)
+    assert not [line for line in check_tables(findings.record()) if "more than once" in str(line)]
+    assert (
+        "more than once, none of them with the same prompt." in (folder / "check" / "check.html").read_text()
+    )
 
 
 def test_rows_held_out_by_eval_fraction_are_counted_apart_and_none_leaks(folder):

@@ -66,7 +66,8 @@ def test_the_table_of_a_merge_names_its_samples_and_questions_and_has_intervals_
     cost = compare(models, eval_set, LOSS_MARGIN, ACCURACY_MARGIN)
     report = {"cost": cost, "prompts_from": HELD_OUT}
     table = merge_table(report)
-    assert table.title == "measured on 16 held-out samples of the run"
+    assert table.title == "measured on held-out samples of the run"
+    assert table.columns[1].header == "loss, 16 samples"
     assert table.columns[2].header == "accuracy, 16 questions (95 % interval)"
     expected = [bootstrap_interval((np.arange(SAMPLES) < right).astype(float)) for right in (12, 11)]
     assert list(table.columns[2].cells) == [
@@ -75,7 +76,10 @@ def test_the_table_of_a_merge_names_its_samples_and_questions_and_has_intervals_
     assert expected[0].low < expected[1].value
     verified = {"tensors": 1, "worst": None, "matrices_with_lora": 0}
     report |= {"verified": verified, "token_agreement": 1.0, "relative": 0.0, "tokens": 3}
-    assert ", accuracy -6.25 points (standard error 6.3); rejected if" in merge_lines(report)
+    assert (
+        ", accuracy -6.25 points (standard error 6.3); rejected if, less two standard errors, the loss rises "
+        "by more than 0.5 or accuracy falls by more than 10 points\n"
+    ) in merge_lines(report)
 
 
 def test_a_difference_that_may_be_chance_is_not_worse():

@@ -88,6 +88,15 @@ def test_commands_change_the_dialogue(predictor, folders):
     assert "/save FILE" in screen and chat.conversation.turns == 0
 
 
+def test_the_texts_of_the_help_are_below_each_other(predictor):
+    lines = "".join(Chat(Conversation(predictor)).respond("/help")).splitlines()
+    expected = {"/image FILE ...": "add images", "/undo": "remove", "/exit": "leave"}
+    columns = {
+        line.index(text) for usage, text in expected.items() for line in lines if line.startswith(usage)
+    }
+    assert len(lines) == 7 and columns == {len("/image FILE ...") + 2}
+
+
 def test_ctrl_c_ends_an_answer_and_where_a_line_is_typed_the_chat():
     def interrupted(text, images):
         yield "Sev"

@@ -11,11 +11,15 @@ import pytest
 from PIL import Image
 
 from flamingo_ft.adapters.switched_off import switched_off
+from flamingo_ft.backbones.language import load_language
+from flamingo_ft.backbones.vision import load_vision
 from flamingo_ft.data.media import preview
 from flamingo_ft.errors import UserError
 from flamingo_ft.inference import demo
 from flamingo_ft.inference.conversation import Conversation
 from flamingo_ft.inference.demo.examples import examples_of
+from flamingo_ft.inference.predictor import Predictor
+from flamingo_ft.model import build_flamingo
 
 from .conftest import PROMPT
 
@@ -24,7 +28,9 @@ gradio_client = pytest.importorskip("gradio_client")
 
 from flamingo_ft.inference.demo.dialogue import Turn, prompt_of  # noqa: E402
 from flamingo_ft.inference.demo.events import OPTIONS, Events  # noqa: E402
+from flamingo_ft.inference.demo.page import build_page  # noqa: E402
 from flamingo_ft.inference.demo.serving import FOLDER_VARIABLE, private_folder  # noqa: E402
+from flamingo_ft.inference.demo.switchable_model import SwitchableModel  # noqa: E402
 
 
 @pytest.fixture
@@ -129,6 +135,21 @@ def test_the_page_shows_where_an_answer_looks(client, demo_page):
     for token, layer in ((0, -1), (-1, expected.layers[-1]), (0, expected.layers[-1])):
         drawn.append(client.predict(token, layer, api_name="/draw")["plot"])
     assert all(plot.startswith("data:image/") for plot in drawn) and len(set(drawn)) == len(drawn)
+
+
+@pytest.mark.parametrize("depth, words", [(1, "images, through the perceiver."), (0, "of the images.")])
+def test_the_page_names_the_perceiver_of_a_model_that_has_one(depth, words):
+    small = {"heads": 2, "dim_head": 8}
+    flamingo = build_flamingo(
+        load_vision("nano"), load_language("nano"), perceiver={"depth": depth, **small}, cross_attention=small
+    )
+    page = build_page(SwitchableModel(Predictor(*flamingo)), "any")
+    (info,) = (
+        component["props"]["info"]
+        for component in page.get_config_file()["components"]
+        if component["props"].get("elem_id") == "show-look"
+    )
+    assert words in info
 
 
 def test_the_answer_that_is_looked_at_is_the_one_that_was_sampled(demo_page):

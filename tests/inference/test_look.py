@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -238,10 +239,25 @@ def test_the_figure_of_latents_has_a_panel_for_each_of_the_first_ones(look):
 
 def test_all_panels_and_the_bar_have_one_colour_scale(look):
     figure = look.figure(layer=look.layers[0])
-    scales = {image.get_clim() for axes in shown(figure)[1:] for image in axes.images if is_heat(image)}
-    assert scales == {(0, look.weights[0].max())}
-    (bar,) = (axes for axes in figure.axes if axes.get_ylabel() == "attention per patch")
-    assert bar.get_ylim() == (0, pytest.approx(look.weights[0].max()))
+    (scale,) = {image.get_clim() for axes in shown(figure)[1:] for image in axes.images if is_heat(image)}
+    (bar,) = (axes for axes in figure.axes if axes.get_ylabel().startswith("attention per patch"))
+    assert bar.get_ylim() == pytest.approx(scale) and "(no colour: even, 1.6 %)" in bar.get_ylabel()
+
+
+@pytest.mark.parametrize("largest, top, opacity", [(1.1, 2, 0.09), (4, 4, 0.9)])
+def test_attention_is_coloured_where_it_exceeds_an_even_share_of_the_visible_image(
+    look, largest, top, opacity
+):
+    weights = np.zeros_like(look.weights)
+    weights[:, :, 1] = (1 + (largest - 1) * np.eye(*GRID)) / 64  # the first image is not visible
+    for panel in shown(replace(look, weights=weights).figure())[1:]:
+        for image in filter(is_heat, panel.images):
+            assert image.get_clim() == pytest.approx((1 / 64, top / 64))
+        hidden, visible = (
+            image.to_rgba(image.get_array())[..., 3] for image in panel.images if is_heat(image)
+        )
+        assert not hidden.any() and visible[0, 1] == 0
+        assert visible[0, 0] == pytest.approx(opacity, abs=0.01)
 
 
 def test_weights_lie_on_their_own_picture(look):

@@ -71,7 +71,9 @@ def test_in_a_test_the_file_holds_a_trial_of_the_recipe(here, monkeypatch, capsy
     assert recipe.model.language.name == "nano" and recipe.data.train[0].hub is None
     assert recipe.train.max_steps == start.SMOKE_STEPS and recipe.train.logging_steps == 1
     assert recipe.train.output_dir.parent == here / "mine"
-    assert "model.language.name org/name: replaced by nano" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "SMOKE=1: 6 steps and 4 held-out samples per source" in printed
+    assert "model.language.name org/name: replaced by nano" in printed
 
 
 def test_a_wrong_key_is_refused(here):

@@ -310,6 +310,19 @@ def test_the_card_describes_the_adapter_and_the_hub_can_parse_it(adapter, hub):
         assert re.search(rf"\| {part} \| nano \| apache-2.0 \|", text)
 
 
+def test_a_card_names_a_perceiver_only_of_a_model_that_has_one_and_where_blocks_are(adapter):
+    trained = re.compile(r"vision-language model: (.*)\. Both")
+    text = card_text(adapter)
+    assert trained.search(text)[1].startswith("the perceiver resampler, the gated cross-attention blocks")
+    assert "a cross-attention block before every decoder layer" in text
+    config = json.loads((adapter / "config.json").read_text())
+    config |= {"perceiver": {"depth": 0, "max_tiles": 4}, "cross_attn_every_n_layers": 4}
+    (adapter / "config.json").write_text(json.dumps(config))
+    text = card_text(adapter)
+    assert trained.search(text)[1].startswith("the layer norm and positions of the visual tokens, the gated")
+    assert "a cross-attention block before one in 4 decoder layers" in text
+
+
 def test_backbones_on_the_hub_are_the_cards_base_models(adapter, hub):
     config = json.loads((adapter / "config.json").read_text())
     config["backbones"]["language"] |= {"name": "org/words", "revision": "0" * 40}

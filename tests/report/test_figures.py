@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from flamingo_ft.data import Sample
 from flamingo_ft.data.media import preview
 from flamingo_ft.errors import UserError
 from flamingo_ft.report import answer_grid, loss_curve, sample_grid
-from flamingo_ft.report.curves import GREEN, RED, loss_figure
+from flamingo_ft.report.curves import GREEN, INK, RED, loss_figure
 from flamingo_ft.report.sample_grid import spread
 from flamingo_ft.report.stages import mark_stages
 from tests.model.kinds_of_images import KINDS
@@ -176,6 +177,29 @@ def test_samples_show_their_whole_dialogue_and_number_their_images(paint):
     (axes,) = sample_grid([Sample(messages, [paint(8, 8)] * 2, "dialogue", "row 0")]).axes
     assert axes.get_title() == "First [1], then [2]."
     assert {"Two and six.", "The same?", "No."} <= set(texts(axes)) and "Be short." not in texts(axes)
+
+
+def test_both_answers_of_a_pair_and_the_label_of_an_answer_are_shown():
+    def turn(role: str, text: str) -> dict:
+        return {"role": role, "content": [{"type": "text", "text": text}]}
+
+    pair = Sample(
+        [turn("user", "Which digit?"), turn("assistant", "Two.")],
+        [],
+        "t",
+        "row 0",
+        [turn("assistant", "Six.")],
+    )
+    shown = texts(sample_grid([pair, replace(pair, rejected=None, label=False)]))
+    assert shown == {"Which digit?": INK, "chosen: Two.": GREEN, "rejected: Six.": RED, "bad: Two.": RED}
+
+
+def test_the_iou_of_a_wrong_answer_is_not_part_of_it(run):
+    answer, boxes = "[0, 0, 100, 100]", {"reference": [{"image": 0, "box": [0, 0, 1, 1]}]}
+    figure = answer_grid(
+        run({"answer": answer, "boxes": boxes, "image_sizes": [[8, 8]], "after": "At the top."})
+    )
+    assert "✗ after (IoU 0.0 %): At the top." in texts(figure)
 
 
 def test_figures_are_drawn_without_pyplot(run):

@@ -140,6 +140,20 @@ def test_a_nan_loss_is_left_out_of_the_curve():
     assert list(axes.lines[0].get_ydata()) == [2.0, 1.0]
 
 
+def test_early_losses_far_above_all_later_ones_are_named_and_cut_off():
+    log = [{"step": step, "loss": 1 + 10 / step**3} for step in range(1, 101)]
+    (axes,) = curves.loss_figure(log).axes
+    assert axes.get_ylim() == (0, pytest.approx(1.3 * (1 + 10 / 11**3)))
+    assert "up to 11 at step 1" in [text.get_text() for text in axes.texts]
+    assert max(axes.lines[0].get_ydata()) == 11
+
+
+@pytest.mark.parametrize("losses", [[3.0], [2.0, 1.2, 1.0], [0.5] * 20 + [9.0] + [0.5] * 20])
+def test_losses_that_fall_slowly_or_rise_later_are_all_on_the_axis(losses):
+    (axes,) = curves.loss_figure([{"step": n, "loss": loss} for n, loss in enumerate(losses, start=1)]).axes
+    assert axes.get_ylim() == (0, pytest.approx(1.08 * max(losses)))
+
+
 def test_a_long_curve_is_thinned_and_keeps_its_end():
     result = curves.curve([{"step": n, "loss": n} for n in range(1, 10_002)], "loss")
     assert len(result.steps) <= curves.MAX_POINTS and result.steps[-1] == 10_001
@@ -199,7 +213,8 @@ def test_gates_are_drawn_per_layer_as_absolute_values(layers):
 def test_rewards_of_dpo_are_shown(folder):
     write(folder, [entry | {"rewards/margins": 0.5, "rewards/accuracies": 0.9} for entry in entries(4)])
     page = words(write_report(folder).read_text())
-    assert "reward margin 0.5" in page and "pairs ranked correctly 90.0 %" in page
+    assert "training reward margin 0.5" in page and "training pairs ranked correctly 90.0 %" in page
+    assert "held-out pairs" not in page
     assert (folder / "figures" / "reward_margin.png").is_file()
 
 

@@ -1,4 +1,4 @@
-"""Evaluation on pairs during preference training: its loss, and that it does not change training."""
+"""Evaluation on pairs in preference training: loss and rewards, and that it does not change training."""
 
 import json
 from pathlib import Path
@@ -76,6 +76,28 @@ def test_evaluations_do_not_change_training_bit_for_bit(eval_pairs):
     assert {"eval_rewards/accuracies", "eval_rewards/margins"} <= evaluations[-1].keys()
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_a_run_without_eval_steps_ends_with_the_rewards_that_trl_logs_for_all_held_out_pairs(
+    eval_pairs, method
+):
+    # An evaluation has the three pairs in one batch, the end of a run in two of different sizes.
+    overrides = (*WITH_EVAL, f"train.method={method}", "train.max_steps=1", "eval.answers=false")
+    train(regimes.recipe(*overrides, "train.output_dir=with"))
+    metrics = train(regimes.recipe(*overrides, "eval.steps=null", "train.output_dir=without"))
+    expected = next(entry for entry in reversed(log("with")) if "eval_loss" in entry)
+    (entry,) = [entry for entry in log("without") if "eval_rewards/margins" in entry]
+    measured = metrics["eval"]["pairs"]
+    assert measured["samples"] == 3 and measured["reward_margin"] == entry["eval_rewards/margins"] != 0
+    assert measured["reward_margin"] == pytest.approx(expected["eval_rewards/margins"], rel=1e-4)
+    assert measured["ranked_correctly"] == entry["eval_rewards/accuracies"]
+    if method == "dpo":  # TRL's KTO compares no pairs
+        assert measured["ranked_correctly"] == pytest.approx(expected["eval_rewards/accuracies"])
+    share = f"{100 * measured['ranked_correctly']:.1f} %"
+    assert f"held-out pairs ranked correctly</dt><dd>{share}" in Path("without/report.html").read_text()
+    assert f"| 3 | {share} |" in Path("without/README.md").read_text()
+
+
 def test_eval_samples_with_one_answer_are_refused_if_eval_steps_is_set(eval_pairs):
     single = "data.eval=[{path: train.jsonl}]"
     with pytest.raises(UserError, match="train.jsonl: row 0: got one answer, but eval.steps compares two"):
@@ -86,4 +108,4 @@ def test_eval_samples_with_one_answer_are_refused_if_eval_steps_is_set(eval_pair
             *WITH_EVAL, single, "eval.steps=null", "train.max_steps=1", "train.output_dir=generated"
         )
     )
-    assert 0 <= metrics["eval"]["accuracy"] <= 1
+    assert 0 <= metrics["eval"]["accuracy"] <= 1 and "pairs" not in metrics["eval"]

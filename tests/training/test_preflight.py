@@ -89,7 +89,8 @@ def test_train_prints_memory_and_warns_of_held_out_images_that_are_trained_on(
     (folder / "eval.jsonl").write_text(json.dumps(rows[0] | {"images": ["copy.png"]}))
     off = "eval={before: false, shuffled_images: false, max_new_tokens: 2}"
     assert main(["train", "./recipe.yaml", "data.eval=[{path: eval.jsonl}]", off]) == 0
-    output = capsys.readouterr().err
+    printed, output = capsys.readouterr()
+    assert "\nreport in run/report.html\nadapter in run; try it: flamingo-ft generate run --image " in printed
     assert re.search(
         r"memory: planned peak \d+\.\d+ GiB besides Python's own, \d+\.\d\d GiB of host RAM are free", output
     )

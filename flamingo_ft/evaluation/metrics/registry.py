@@ -38,7 +38,7 @@ KEY_SUFFIXES = (
 RESERVED_KEYS = frozenset(
     {"before", "shuffled_images", "blank_images", "majority", "samples", "free_text", "classes", "predicted"}
     | {"verdict", "advice", "rows", "per_task", "step", USER_METRICS_KEY}
-    | {"image_loss_gap", "image_loss_gap_standard_error", "image_loss_gap_samples", "loss_by_kind"}
+    | {"image_loss_gap", "image_loss_gap_standard_error", "image_loss_gap_samples", "loss_by_kind", "pairs"}
     | {"label_tokens", "answers", "loss", "loss_increase", "loss_increase_standard_error"}
     | {"margin", "worse"}
     | {"entropy", "mean_token_accuracy", "num_tokens"}  # TRL's, in the log

@@ -13,8 +13,8 @@ from .events import MEAN, OPTIONS, Events
 from .switchable_model import SwitchableModel
 
 LOOK_HELP = (
-    "Attention of the answer over the images, through the perceiver to the patches. It shows what is read, "
-    "not what decides the answer."
+    "Attention of the answer over the patches of the images{}. It shows what is read, not what decides the "
+    "answer."
 )
 PLACEHOLDER = "Add images and ask; images without a question are captioned"
 BROWSER = "private"  # visibility of events that only the page itself needs
@@ -95,7 +95,8 @@ def _option(model: SwitchableModel, name: str) -> gr.Textbox:
 
 
 def _look_view(model: SwitchableModel) -> LookView:
-    show = gr.Checkbox(True, label="Show where the answer looks", info=LOOK_HELP, elem_id="show-look")
+    info = LOOK_HELP.format(", through the perceiver" if model.has_perceiver else "")
+    show = gr.Checkbox(True, label="Show where the answer looks", info=info, elem_id="show-look")
     picture = gr.Plot(show_label=False, elem_id="look")
     token = gr.Radio([], label="Token of the answer", visible=False, elem_id="token")
     layers = [(f"before decoder layer {layer}", layer) for layer in model.layers]

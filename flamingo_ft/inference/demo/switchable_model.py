@@ -45,6 +45,11 @@ class SwitchableModel:
         return self._bridge is not None
 
     @property
+    def has_perceiver(self) -> bool:
+        """Whether visual tokens are resampled; otherwise the text attends to them directly."""
+        return len(self.predictor.model.perceiver.layers) > 0
+
+    @property
     def layers(self) -> list[int]:
         """The decoder layers that follow a gated cross-attention block."""
         blocks = self.predictor.model.gated_cross_attn_layers
