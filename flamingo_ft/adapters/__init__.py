@@ -13,7 +13,6 @@ from .lora import add_lora
 from .merge import write_merged
 from .multi_adapter import Adapters
 from .save import save_adapter
-from .tile_checks import check_start_tiles
 from .trainable import prepare_training, set_trainable
 
 FlamingoForConditionalGeneration.set_adapter_loader(load_from_folders)
@@ -22,7 +21,6 @@ __all__ = [
     "Adapters",
     "add_lora",
     "check_start",
-    "check_start_tiles",
     "init_bridge",
     "load_adapter",
     "load_base",

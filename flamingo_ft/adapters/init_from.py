@@ -20,7 +20,12 @@ from flamingo_ft.formats.foreign_checkpoint import RECOMPUTED_BUFFERS
 from flamingo_ft.formats.stored_files import first_few, read_config_json
 from flamingo_ft.hub import fetch_model, hub_name, pinned_name
 from flamingo_ft.hub.weight_files import ADAPTER_WEIGHTS, CONFIG_FILE, TRAINING_CHECKPOINTS, SafetensorsFolder
-from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration, load_open_flamingo
+from flamingo_ft.model import (
+    FlamingoConfig,
+    FlamingoForConditionalGeneration,
+    FlamingoImageProcessor,
+    load_open_flamingo,
+)
 from flamingo_ft.model.parts import cast_parameter, in_bridge, is_lora
 from flamingo_ft.model.pretrained import is_partial, named_composition
 
@@ -33,14 +38,18 @@ from .files import (
     read_safetensors,
     read_tensors,
 )
-
-# What two models must have in common for one bridge to fit both.
-GEOMETRY = ("cross_attn_every_n_layers", "media_visibility", "perceiver", "cross_attention", "new_token_ids")
+from .start_differences import check_same_settings, tile_tags
 
 
-def init_bridge(model: FlamingoForConditionalGeneration, start: str | Path) -> None:
+def init_bridge(
+    model: FlamingoForConditionalGeneration,
+    start: str | Path,
+    images: FlamingoImageProcessor | None = None,
+) -> None:
     """Load the bridge of ``start`` into ``model`` and record it, and what it was trained on, in the model's
     configuration.
+
+    images: the model's, which must divide images into tiles as those of ``start``; None not to check that.
 
     Raises UserError for a bridge of another shape or of other backbones, and if ``start`` has learned more
     than its bridge (LoRA was merged into its language model), which would be lost.
@@ -50,6 +59,7 @@ def init_bridge(model: FlamingoForConditionalGeneration, start: str | Path) -> N
         _check_visibility(model.config, path)
     else:
         config = _read_any_config(path)
+        check_same_settings(model.config, config, path, images)
         _check_compatible(model.config, config, path)
         model.config.trained_on = config.trained_on
     copied_rows = _load_bridge(model, path)
@@ -131,7 +141,7 @@ def load_bridge_as_stored(
     path = _locate_bridge(folder, record["path"], start)
     _load_bridge(model, path)
     unhashed = list(record.get("unhashed", ()))
-    if _tile_tags(_read_any_config(folder)) != "learned":  # a later run added tiles
+    if tile_tags(_read_any_config(folder)) != "learned":  # a later run added tiles
         unhashed.append("perceiver.tile_embs")
     digest = _bridge_sha256(model, unhashed)
     if digest != record["sha256"]:
@@ -270,41 +280,8 @@ def _check_visibility(config: FlamingoConfig, start: Path) -> None:
         )
 
 
-def _without_new_tiles(ours: dict[str, Any] | None, theirs: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return our perceiver's options as they are before tiles are added: their embeddings start at zero."""
-    if ours is None or "max_tiles" in (theirs or {}):
-        return ours
-    return {key: value for key, value in ours.items() if key != "max_tiles"}
-
-
-def _check_tile_tags(config: FlamingoConfig, start_config: FlamingoConfig, start: Path) -> None:
-    """Raise UserError if the places of tiles were learned in another way; before tiles, they were in none."""
-    ours, theirs = _tile_tags(config), _tile_tags(start_config)
-    if ours != theirs and (theirs, ours) != ("none", "learned"):
-        raise UserError(
-            f"model.init_from: {start} was trained with data.tiles.tags {theirs}, the recipe has {ours}; "
-            "give the recipe the same"
-        )
-
-
-def _tile_tags(config: FlamingoConfig) -> str:
-    """Return the value of ``data.tiles.tags`` that a model has the parameters for."""
-    if config.tile_tag_ids:
-        return "text"
-    return "learned" if "max_tiles" in (config.perceiver or {}) else "none"
-
-
 def _check_compatible(config: FlamingoConfig, start_config: FlamingoConfig, start: Path) -> None:
-    """Raise UserError unless the bridge of ``start`` fits the model and is all that ``start`` learned."""
-    _check_tile_tags(config, start_config, start)
-    for key in GEOMETRY:
-        ours, theirs = getattr(config, key), getattr(start_config, key)
-        if key == "perceiver":
-            ours = _without_new_tiles(ours, theirs)
-        if ours != theirs:
-            raise UserError(
-                f"model.init_from: {start} has {key} {theirs}, the recipe {ours}; give the recipe the same"
-            )
+    """Raise UserError unless ``start`` has the model's backbones and learned no more than its bridge."""
     for part in ("vision", "language"):
         source = (start_config.backbones or {}).get(part, {})
         if source.get("sha256") != (config.backbones or {}).get(part, {}).get("sha256"):

@@ -32,11 +32,13 @@ from .files import (
     read_processor,
     read_tensors,
 )
-from .init_from import GEOMETRY
 from .load import check_backbone, check_tensors, load_base, load_lora_weights, set_bridge_parameters
 from .lora import unfuse_targeted_attention
 from .save import adapter_tensors, save_adapter
 from .tile_checks import tiling_of
+
+# What two models must have in common for one bridge to fit both.
+GEOMETRY = ("cross_attn_every_n_layers", "media_visibility", "perceiver", "cross_attention", "new_token_ids")
 
 # LoRA settings that must be equal for adapters to be combined.
 COMBINABLE = ("r", "rank_pattern", "target_modules", "use_dora")

@@ -79,7 +79,8 @@ def never_trained(record: Record | None, messages: Sequence[Mapping[str, Any]], 
     """
     if record is None or any(message["role"] == CHUNK for message in messages):
         return
-    counted, (least, most) = plural(record["samples"], "training sample"), record["images"]
+    # A run looks at some of its samples, and a start's are counted too.
+    counted, (least, most) = plural(record["samples"], "training sample") + " looked at", record["images"]
     if not images and least:
         yield f"got no image, but none of {counted} was without one; add an image"
     elif images > most:

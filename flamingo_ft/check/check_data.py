@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from flamingo_ft import atomic
-from flamingo_ft.config import Recipe
+from flamingo_ft.config import Recipe, method_warnings
 from flamingo_ft.data import OpenedData, open_data
 from flamingo_ft.data.opened_data import (
     check_method,
@@ -74,10 +74,12 @@ def check_data(
         inspectors = [trained] * len(data.train) + [held_out] * len(data.eval)
         if recipe.train.method != "sft":
             check_method(data.train, recipe.train.method)
-        builder = ReportBuilder(data, recipe.eval, trained.limit, ProblemLog(new / PROBLEMS_FILE))
+        images, problems = processor.image_processor, ProblemLog(new / PROBLEMS_FILE)
+        builder = ReportBuilder(data, recipe.eval, trained.limit, problems, images)
         _inspect_all(sources, inspectors, builder, recipe.train.num_workers)
         text_form = dialogue_format(processor, eos_token_ids(recipe.model))
         report = builder.build(name, _training_lengths(recipe, data, stages or {}), text_form)
+        report = replace(report, method_warnings=[*method_warnings(recipe)])
         if probe and report.objection is None:
             probed = [*stages.values()][-1] if stages else recipe
             report = _with_probe(report, probed, open_data(probed.data, probed.train.seed), new)

@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from flamingo_ft.data.boxes import cut_boxes_warning
 from flamingo_ft.evaluation.questions import AnswerLengths
 from flamingo_ft.formatting import percent, plural, significant
 
+from .image_sizes import ImageSizes
 from .row_inspector import Problem, RowResult
 from .text_checks import DialogueFormat
 
@@ -71,6 +73,7 @@ class SourceStats:
         unread: text columns and message keys that the schema ignores, with the number of rows that have them.
         conversions: images and videos by the conversion that the image reader applied (`images.CONVERSIONS`).
         rewritten: samples with an answer that the chat template does not reproduce verbatim.
+        boxes: of which the model sees ``cut_boxes`` only in part.
     """
 
     name: str
@@ -88,6 +91,8 @@ class SourceStats:
     unread: dict[str, int] = field(default_factory=dict)
     conversions: dict[str, int] = field(default_factory=dict)
     rewritten: int = 0
+    boxes: int = 0
+    cut_boxes: int = 0
 
     def add(self, result: RowResult) -> None:
         self.rows += 1
@@ -106,6 +111,8 @@ class SourceStats:
         for name, count in result.conversions.items():
             self.conversions[name] = self.conversions.get(name, 0) + count
         self.rewritten += result.rewritten
+        self.boxes += result.boxes
+        self.cut_boxes += result.cut_boxes
 
 
 @dataclass
@@ -194,7 +201,9 @@ class CheckReport:
         distributions: over the training samples, after data.too_long was applied.
         problems: number of problems; ``first_problems`` are the first of them, problems.jsonl has all.
         answers: lengths of the reference answers that evaluation will use.
+        image_sizes: None without images.
         text_form: how the chat template writes dialogues; None if `dialogue_format` cannot determine it.
+        method_warnings: about the settings of the training method.
         lengths: of training by stage; without stages, under an empty name.
         probe: the content of probe.json; None without ``--probe`` or if it failed for ``probe_error``.
         probe_lines: what the probe says, in words.
@@ -211,6 +220,8 @@ class CheckReport:
     first_problems: list[Problem]
     answers: AnswerLengths
     lengths: dict[str, TrainingLength]
+    method_warnings: list[str] = field(default_factory=list)
+    image_sizes: ImageSizes | None = None
     text_form: DialogueFormat | None = None
     probe: dict[str, Any] | None = None
     probe_error: str | None = None
@@ -245,14 +256,26 @@ class CheckReport:
     def warnings(self) -> list[str]:
         """What is probably unintended, one line each."""
         lines = [self.answers.warning, self.text_form.warning if self.text_form else None]
-        rewritten = sum(part.rewritten for part in self.parts)
+        rewritten = self._total("rewritten")
         if rewritten:
             lines.append(
                 f"the chat template leaves out or changes words of answers in {rewritten:,} samples "
                 "(many templates leave out the reasoning of earlier answers); "
                 "to train on every word, set data.template to flamingo"
             )
+        lines.append(cut_boxes_warning(self._total("cut_boxes"), self._total("boxes")))
+        lines += self.method_warnings
         return [line for line in lines if line]
+
+    def _total(self, count: str) -> int:
+        """Return a count of `SourceStats` over all sources."""
+        return sum(getattr(part, count) for part in self.parts)
+
+    @property
+    def notes(self) -> list[str]:
+        """What may be worth a change, one line each."""
+        note = self.image_sizes.note if self.image_sizes else None
+        return [note] if note else []
 
     @property
     def training(self) -> str:
@@ -274,6 +297,7 @@ class CheckReport:
             "usable": self.objection is None,
             "objection": self.objection,
             "warnings": self.warnings,
+            "notes": self.notes,
             "training": self.training,
             "text_lines": self.text_lines,
             "bad": self.bad,

@@ -23,7 +23,7 @@ from flamingo_ft.data.fields import TAR_MEMBERS, has_value, list_field
 from flamingo_ft.data.sample import message_text, with_widest_boxes
 from flamingo_ft.data.schemas import SCHEMAS
 from flamingo_ft.data.schemas.boxes import BOXES
-from flamingo_ft.data.sources.source import open_row_files
+from flamingo_ft.data.sources.source import first_columns, open_row_files
 from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.questions import answer_lengths, end_tokens_of, questions_of
 from flamingo_ft.model import FlamingoProcessor
@@ -168,7 +168,7 @@ def _with_schema(entry: DataSource) -> DataSource:
     """Return the entry with its format, and with its columns if they have other names than the fields."""
     if entry.format != "auto" or entry.columns:
         return entry.model_copy(update={"format": open_source(entry, _section(entry)).format})
-    guess = guess_columns(_first_columns(entry))
+    guess = guess_columns(first_columns(entry))
     guessed = entry.model_copy(update={"format": guess[0], "columns": guess[1]}) if guess else None
     try:
         recognized = open_source(entry, _section(entry)).format
@@ -180,12 +180,6 @@ def _with_schema(entry: DataSource) -> DataSource:
     if recognized == "caption" and guessed is not None and guessed.format == "vqa":
         return guessed
     return entry.model_copy(update={"format": recognized})
-
-
-def _first_columns(entry: DataSource) -> list[str]:
-    """Return the columns of the first row that can be parsed; empty if rows are not mappings."""
-    row = next(_first_rows(entry), None)
-    return list(row) if isinstance(row, Mapping) else []
 
 
 def _first_rows(entry: DataSource) -> Iterator[Any]:

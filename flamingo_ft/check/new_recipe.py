@@ -37,6 +37,11 @@ CONTINUES_IMAGES = (
     "rows of image and caption: the model learns to continue an image, so ask it without --prompt; for "
     "questions, write a table with the columns image, question and answer"
 )
+REFINING = ("preference", "unpaired_preference")  # formats whose methods refine a trained model
+REFINES = (
+    "rows of preferences refine a model that answers already: fill in model.init_from, the folder of one "
+    "that was trained on questions with one answer"
+)
 EVAL_SAMPLES = 200  # enough to see a difference of a few percent
 MAX_EVAL_FRACTION = 0.2  # of the rows
 MIN_STEPS = 200  # before a new bridge shows anything
@@ -97,6 +102,7 @@ def new_recipe_text(file: Path, options: RecipeOptions) -> tuple[str, list[str]]
         "vision": _backbone_in(file, vision),
         "pretrained": pretrained,
         "nano": language == NANO,
+        "refines": train.entry.format in REFINING,
         "train": train,
         "sources": {"train": _source(file, train), "eval": evaluation and _source(file, evaluation)},
         "rows_read": MAX_ROWS_READ,
@@ -199,6 +205,8 @@ def _notes(inspected: Sequence[InspectedData]) -> list[str]:
     notes = []
     if inspected[0].entry.format == "caption":
         notes.append(CONTINUES_IMAGES)
+    if inspected[0].entry.format in REFINING:
+        notes.append(REFINES)
     for data in inspected:
         path = data.entry.path
         if data.problems:
@@ -207,9 +215,11 @@ def _notes(inspected: Sequence[InspectedData]) -> list[str]:
                 f"the first: {data.first_problem}; flamingo-ft check lists all"
             )
         if data.unread:
+            kind = next(iter(data.unread)) if len(data.unread) == 1 else "COLUMN"
             notes.append(
                 f"{path}: columns of text that are left out: {', '.join(data.unread)}; if one is part of the "
-                "task, write it into a column that is read, or name its field with --column"
+                "question or answer, write it into a column that is read; if it names the kind of question, "
+                f"results are shown by it with --column {shlex.quote(f'task={kind}')}"
             )
         if not data.pictured:
             notes.append(

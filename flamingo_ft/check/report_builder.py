@@ -15,6 +15,7 @@ from flamingo_ft.config import EvalSection
 from flamingo_ft.data import OpenedData
 from flamingo_ft.data.sources.source import RawRow
 from flamingo_ft.evaluation.questions import AnswerLengths
+from flamingo_ft.model import FlamingoImageProcessor
 
 from .check_report import (
     EVAL,
@@ -27,6 +28,7 @@ from .check_report import (
     SourceStats,
     TrainingLength,
 )
+from .image_sizes import ImageSizes
 from .row_inspector import Problem, RowResult, file_of
 from .text_checks import DialogueFormat
 
@@ -37,7 +39,14 @@ GROUPS, GROUP_ROWS = 20, 5  # most duplicate groups listed, and most rows listed
 class ReportBuilder:
     """Collect `RowResult`s in order and build the `CheckReport` from them."""
 
-    def __init__(self, data: OpenedData, evaluation: EvalSection, limit: int, problems: ProblemLog):
+    def __init__(
+        self,
+        data: OpenedData,
+        evaluation: EvalSection,
+        limit: int,
+        problems: ProblemLog,
+        images: FlamingoImageProcessor,
+    ):
         self.config = data.section
         self.problems = problems
         self._answers = AnswerLengths(evaluation.max_new_tokens)
@@ -51,6 +60,7 @@ class ReportBuilder:
         ]
         self._long_samples = LongSampleStats(limit, data.section.too_long)
         self._rows = RowTable()
+        self._images = images
 
     def add(self, result: RowResult) -> None:
         self._stats[result.source].add(result)
@@ -83,8 +93,22 @@ class ReportBuilder:
             first_problems=self.problems.first,
             answers=self._answers,
             lengths=lengths,
+            image_sizes=self._image_sizes(),
             text_form=text_form,
         )
+
+    def _image_sizes(self) -> ImageSizes | None:
+        """Median sizes of the training images and videos."""
+        rows = self._rows.column("medium_row")
+        if not len(rows):
+            return None
+        is_train = self._rows.column("source")[rows] < self._train_sources
+        if not is_train.any():
+            return None
+        sizes = (self._rows.column(name)[is_train] for name in ("medium_width", "medium_height"))
+        width, height = (int(np.median(size)) for size in sizes)
+        input_height, input_width = self._images.input_size
+        return ImageSizes(width, height, input_width, input_height, self._images.tiling is not None)
 
     def _distributions(self) -> dict[str, Distribution]:
         """Distributions over the training samples."""
@@ -155,10 +179,10 @@ class ProblemLog:
 
 
 class RowTable:
-    """Columns of numbers over the usable rows, in order: about 72 bytes per row and 12 per image or video.
+    """Columns of numbers over the usable rows, in order: about 72 bytes per row and 20 per image or video.
 
-    ``medium`` (digest) and ``medium_row`` (index of its row) are columns over the images and videos of all
-    rows.
+    ``medium`` (digest), ``medium_row`` (index of its row), ``medium_width`` and ``medium_height`` are columns
+    over the images and videos of all rows.
     """
 
     def __init__(self) -> None:
@@ -175,6 +199,8 @@ class RowTable:
             "prompt": array("Q"),
             "medium": array("Q"),
             "medium_row": array("i"),
+            "medium_width": array("i"),
+            "medium_height": array("i"),
         }
 
     def add(self, result: RowResult) -> None:
@@ -185,6 +211,8 @@ class RowTable:
         columns["media"].append(len(result.media_digests))
         columns["medium"].extend(result.media_digests)
         columns["medium_row"].extend([index] * len(result.media_digests))
+        columns["medium_width"].extend(width for width, _ in result.media_sizes)
+        columns["medium_height"].extend(height for _, height in result.media_sizes)
 
     def column(self, name: str) -> np.ndarray:
         column = self._columns[name]

@@ -24,8 +24,9 @@ from flamingo_ft.data.sample_order import WeightedSource
 from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import data_uri, percent
 from flamingo_ft.model import FlamingoImageProcessor, FlamingoProcessor
+from flamingo_ft.model.geometry import ImageGeometry
 from flamingo_ft.model.images import CONVERSIONS
-from flamingo_ft.model.tiles import UNTILED, Grid
+from flamingo_ft.model.tiles import UNTILED
 from flamingo_ft.templates import load_template
 from flamingo_ft.version import __version__
 
@@ -40,6 +41,7 @@ PREVIEWED_SAMPLES = 4  # of each source
 MAX_ROWS_TRIED = 200  # to find usable samples
 MAX_TOKENS, MAX_MEDIA = 600, 12  # shown of a sample
 THUMBNAIL_SIDE, LOSSLESS_SIDE = 160, 64  # pixels; images up to LOSSLESS_SIDE are shown pixel by pixel
+WHOLE = 0.98  # share of a picture from which on it counts as seen whole: crops are in whole pixels
 REPLACEMENT = "\ufffd"  # what a tokenizer decodes the first bytes of an incomplete character to
 
 
@@ -255,13 +257,20 @@ def _preview_medium(sample: Sample, number: int, images: FlamingoImageProcessor)
     medium = sample.images[number]
     frames = open_medium(medium, video_frames=images.video_frames)
     exact = max(frames[0].size) <= LOSSLESS_SIDE
-    note = "video" if isinstance(medium, Video) else _tiles_note(images.grid_of(frames[0]))
+    note = "video" if isinstance(medium, Video) else _view_note(images, frames[0])
     boxes = [(box.pixels(*frames[0].size), REFERENCE) for box in boxes_on(sample, number)]
     return MediumPreview([_thumbnail(frame, boxes) for frame in frames], note, exact and not boxes)
 
 
-def _tiles_note(grid: Grid) -> str:
-    return "" if grid == UNTILED else f"{grid[0]} x {grid[1]} tiles"
+def _view_note(images: FlamingoImageProcessor, picture: Image.Image) -> str:
+    """Return the tiles of a picture, or how much of it a tower that crops sees."""
+    rows, columns = grid = images.grid_of(picture)
+    if grid != UNTILED:
+        return f"{rows} x {columns} tiles"
+    left, top, right, bottom = images.geometry(ImageGeometry.of(*picture.size)).visible
+    seen = (min(right, picture.width) - max(left, 0)) * (min(bottom, picture.height) - max(top, 0))
+    share = seen / (picture.width * picture.height)
+    return "" if share > WHOLE else f"the model sees the middle {percent(share, digits=0)}"
 
 
 def _thumbnail(image: Image.Image, boxes: Sequence[DrawnBox]) -> str:

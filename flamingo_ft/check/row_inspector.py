@@ -16,12 +16,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from flamingo_ft.data import Sample, Source, open_medium
 from flamingo_ft.data.box_writer import BoxWriter
+from flamingo_ft.data.boxes import cut_boxes
 from flamingo_ft.data.encode import IGNORED
 from flamingo_ft.data.sample import Medium, Video, with_widest_boxes
 from flamingo_ft.data.sample_order import WeightedSource
 from flamingo_ft.data.sources.source import RawRow
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoImageProcessor
+from flamingo_ft.model.geometry import Size
 from flamingo_ft.model.images import conversions
 
 from .text_checks import InspectedText, TextInspector, texts_of
@@ -73,9 +75,11 @@ class RowResult:
         rewritten: the chat template does not reproduce an answer verbatim.
         digest: of the whole sample; prompt: of its images and all but the answers; media_digests: of the
             pixels of each image and video.
+        media_sizes: width and height of each image and video.
         unread: text columns and message keys that the schema ignores.
         views: images that the tower encodes for the images and videos.
         conversions: images and videos by the conversion that the image reader applied (`images.CONVERSIONS`).
+        boxes: of which the model sees ``cut_boxes`` only in part.
     """
 
     source: int
@@ -95,8 +99,11 @@ class RowResult:
     digest: int = 0
     prompt: int = 0
     media_digests: list[int] = field(default_factory=list)
+    media_sizes: list[Size] = field(default_factory=list)
     unread: tuple[str, ...] = ()
     conversions: dict[str, int] = field(default_factory=dict)
+    boxes: int = 0
+    cut_boxes: int = 0
 
 
 class RowInspector(Dataset):
@@ -188,8 +195,11 @@ def _usable_row(
         digest=sample_digest(sample, pixels),
         prompt=prompt_digest(sample, pixels),
         media_digests=[medium.digest for medium in kept_media],
+        media_sizes=[medium.size for medium in kept_media],
         unread=sample.unread,
         conversions=dict(Counter(name for medium in kept_media for name in medium.conversions)),
+        boxes=len(sample.boxes),
+        cut_boxes=cut_boxes(sample),
     )
 
 
@@ -250,11 +260,12 @@ def file_of(where: str, row: int) -> str:
 class DecodedMedium:
     """An image or video that was read.
 
-    digest: of its pixels. conversions: those that the reader applied to any frame. views: images that the
-    tower encodes for it: frames, or tiles and the whole image.
+    digest: of its pixels. size: width and height. conversions: those that the reader applied to any frame.
+    views: images that the tower encodes for it: frames, or tiles and the whole image.
     """
 
     digest: int
+    size: Size
     conversions: tuple[str, ...]
     views: int
 
@@ -288,7 +299,7 @@ class MediaDecoder:
         parts = (part for frame in frames for part in (str(frame.size).encode(), frame.tobytes()))
         applied = dict.fromkeys(name for frame in frames for name in conversions(frame))
         views = len(frames) if isinstance(medium, Video) else self.images.view_count(frames[0])
-        return DecodedMedium(_digest(parts), tuple(applied), views)
+        return DecodedMedium(_digest(parts), frames[0].size, tuple(applied), views)
 
 
 def sample_digest(sample: Sample, media_digests: Iterable[int]) -> int:

@@ -73,6 +73,7 @@ def check_tables(record: Mapping[str, Any]) -> Iterator[Table | str]:
     if record["too_long"]["samples"]:
         yield policy_table(record["too_long"])
     yield from repeat_lines(record["repeats"])
+    yield from record["notes"]
     yield record["training"]
     if record["probe"]:
         yield from question_lines(record["probe"])

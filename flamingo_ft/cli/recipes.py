@@ -61,7 +61,11 @@ def check(
     overrides: Overrides = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Folder for the report, by default runs/check_RECIPE."),
+        typer.Option(
+            metavar="FOLDER",
+            help="Folder for the report, by default runs/check_RECIPE, of a run's own recipe "
+            "runs/check_RUN_resolved_recipe.",
+        ),
     ] = None,
     probe: Annotated[
         bool,
@@ -77,18 +81,20 @@ def check(
 
     With --probe, the result is written to probe.json in the report's folder and in train.output_dir.
     """
-    from flamingo_ft.config import load_recipe
+    from flamingo_ft.config import RECIPE_FILE, load_recipe
     from flamingo_ft.config.library import find_recipe
 
     path = find_recipe(recipe)
     settings = load_recipe(path, overrides or (), require=("data", "backbones"))
-    folder = out or Path("runs") / f"check_{path.stem}"
+    # The recipes of all runs have the same name.
+    name = f"{path.absolute().parent.name}_{path.stem}" if path.name == RECIPE_FILE else path.stem
+    folder = out or Path("runs") / f"check_{name}"
 
     from flamingo_ft.check.stages import check_recipe
     from flamingo_ft.cli.recipe_tables import print_findings
 
     objections = []
-    for place, report in check_recipe(settings, path.stem, folder, probe):
+    for place, report in check_recipe(settings, name, folder, probe):
         findings = report.record()
         print_findings(findings, as_json, place)
         if findings["probe"]:

@@ -15,6 +15,7 @@ from flamingo_ft.config.loading import (
     load_recipe,
 )
 from flamingo_ft.config.method_sections import DpoSection, GrpoSection, KtoSection
+from flamingo_ft.config.method_warnings import method_warnings
 from flamingo_ft.config.model_section import (
     RELEASED_PERCEIVER,
     CrossAttentionSection,
@@ -66,5 +67,6 @@ __all__ = [
     "VisionSection",
     "dump_recipe",
     "load_recipe",
+    "method_warnings",
     "stage_folder_name",
 ]

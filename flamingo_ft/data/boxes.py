@@ -7,13 +7,16 @@ from typing import NamedTuple
 
 from flamingo_ft.errors import UserError
 from flamingo_ft.model.boxes import box_text, parse_boxes
-from flamingo_ft.model.geometry import Corners, ImageGeometry, Size
+from flamingo_ft.model.geometry import Corners, ImageGeometry, Size, area
 from flamingo_ft.model.processor import FlamingoImageProcessor
 
 from .augment import Augmentation
 from .sample import Box, Sample
 
 MIN_SEEN = 0.5  # of a box's area, that a random crop must leave
+MIN_WHOLE = 0.95  # of a box's area, from which on it counts as seen whole: crops are in whole pixels
+MAX_CUT = 0.01  # of all boxes, that may be cut off without a warning
+SEE_WHOLE_IMAGES = "set model.vision.resize_mode to squash or longest, or data.tiles"
 
 
 class PlacedBox(NamedTuple):
@@ -55,9 +58,31 @@ def view_text(box: Box, geometry: ImageGeometry) -> str:
         width, height = geometry.original_size
         raise UserError(
             f"{box.where}: outside of what the model sees of an image of {width} x {height} pixels, got "
-            f"{list(box.corners)}; set model.vision.resize_mode to squash or longest, or data.tiles"
+            f"{list(box.corners)}; {SEE_WHOLE_IMAGES}"
         )
     return box_text(geometry.to_view(corners))
+
+
+def cut_boxes(sample: Sample) -> int:
+    """Return how many boxes the model sees only in part, of a sample whose boxes are text."""
+    return sum(_is_cut(box, sample.geometries[box.image]) for box in sample.boxes)
+
+
+def cut_boxes_warning(cut: int, boxes: int) -> str | None:
+    """Return a line if more than `MAX_CUT` of ``boxes`` are cut off, else None."""
+    if cut <= MAX_CUT * boxes:
+        return None
+    return (
+        f"boxes that the tower's crop to the middle of the image cuts off: {cut:,} of {boxes:,}; "
+        f"{SEE_WHOLE_IMAGES}"
+    )
+
+
+def _is_cut(box: Box, geometry: ImageGeometry | None) -> bool:
+    """Whether more of a box than its border is outside of what the model sees."""
+    assert geometry is not None  # its image has a box
+    corners = box.pixels(*geometry.original_size)
+    return geometry.visible_area(corners) < MIN_WHOLE * area(corners)
 
 
 def placed_boxes(

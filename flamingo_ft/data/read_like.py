@@ -9,9 +9,13 @@ from pathlib import Path
 from flamingo_ft.config import DataSource, load_recipe
 from flamingo_ft.errors import UserError
 
+from .schemas.columns import normalize_name
+from .schemas.schema import UnknownColumns
 from .sources import Source
+from .sources.source import first_columns
 
 TryOpen = Callable[[DataSource], Source]
+OPTIONAL_FIELDS = ("task", "boxes", "system", "input", "answers")  # rows can be asked and scored without them
 
 
 def recorded_sources(recipe: Path) -> tuple[DataSource, ...]:
@@ -32,11 +36,14 @@ def read_like(path: Path, sources: Sequence[DataSource], try_open: TryOpen) -> D
     """Return a file as a source.
 
     One of ``sources`` is read whole, with its own settings. A file whose columns no format has gets the
-    format and columns of the first source that names columns, if it has those. Images that are not beside
-    it are looked up where those of ``sources`` are.
+    format and columns of the first source that names columns which it has; optional ones (task) may be
+    missing. Images that are not beside it are looked up where those of ``sources`` are.
 
     Args:
         try_open: opens a source. Raises UserError if it cannot be read.
+
+    Raises:
+        UserError: neither a format nor ``sources`` have the file's columns.
     """
     path = path.absolute()
     own = next((one for one in sources if one.path is not None and Path(one.path).absolute() == path), None)
@@ -47,13 +54,45 @@ def read_like(path: Path, sources: Sequence[DataSource], try_open: TryOpen) -> D
 
 
 def _with_columns(source: DataSource, sources: Sequence[DataSource], try_open: TryOpen) -> DataSource:
-    named = next((one for one in sources if one.columns), None)
-    if named is None or _columns_of(source, try_open) is not None:
+    named = [one for one in sources if one.columns]
+    try:
+        try_open(source)
         return source
-    columns = {"format": named.format, "columns": named.columns, "box_unit": named.box_unit}
-    with_columns = source.model_copy(update=columns)
-    has_them = {*named.columns.values()} <= {*(_columns_of(with_columns, try_open) or ())}
-    return with_columns if has_them else source
+    except UnknownColumns as error:
+        remedy = f"{error.problem}; {_remedy(named)}"
+    except UserError:
+        remedy = None
+    with_columns = (_with_columns_of(source, one, try_open) for one in named)
+    found = next((one for one in with_columns if one is not None), None)
+    if found is None and remedy is not None:
+        raise UserError(remedy)
+    return found or source
+
+
+def _with_columns_of(source: DataSource, named: DataSource, try_open: TryOpen) -> DataSource | None:
+    """Return the source with the format and columns of another; None if it lacks one that is not optional."""
+    header = {*map(normalize_name, first_columns(source))}
+    columns = {
+        field: column
+        for field, column in named.columns.items()
+        if field not in OPTIONAL_FIELDS or normalize_name(column) in header
+    }
+    update = {"format": named.format, "columns": columns, "box_unit": named.box_unit}
+    with_columns = source.model_copy(update=update)
+    try:
+        opened = {*map(normalize_name, try_open(with_columns).columns)}
+    except UserError:
+        return None
+    return with_columns if {*map(normalize_name, columns.values())} <= opened else None
+
+
+def _remedy(named: Sequence[DataSource]) -> str:
+    """Return how to name the columns of a file: a run's recipe is not to be edited for it."""
+    usual = "those of a format, such as image, question and answer (README.md, Your data)"
+    if not named:
+        return f"rename them to {usual}"
+    columns = ", ".join(named[0].columns.values())
+    return f"rename them to the columns of the run's data ({columns}), or to {usual}"
 
 
 def _with_image_root(source: DataSource, sources: Sequence[DataSource], try_open: TryOpen) -> DataSource:
@@ -68,14 +107,6 @@ def _image_folder(source: DataSource) -> Path | None:
     if source.image_root is not None or source.path is None:
         return source.image_root
     return Path(source.path).parent
-
-
-def _columns_of(source: DataSource, try_open: TryOpen) -> tuple[str, ...] | None:
-    """Return the columns of a source; None if it cannot be opened."""
-    try:
-        return try_open(source).columns
-    except UserError:
-        return None
 
 
 def _has_first_sample(source: DataSource, try_open: TryOpen) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,9 +25,11 @@ from flamingo_ft.model import FlamingoProcessor
 from flamingo_ft.model.tiles import Tiling
 
 MAX_SAMPLES_READ = 50_000
-TOKENIZED_SAMPLES = 256  # of those, the longest in characters
+TOKENIZED_SAMPLES = 256  # of those, the longest by `_length`
 PACKED_ROWS = 256  # packed to see how many images a row gets
 TEMPLATE_CHARACTERS = 24  # that a chat template writes around a message, roughly
+DIGIT = 4  # characters: many tokenizers write each digit as a token of its own
+DIGITS = re.compile(r"[0-9]")
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ def longest_sample(recipe: Recipe, processor: FlamingoProcessor, limit: int) -> 
     for count, sample in enumerate(samples, start=1):
         images = max(images, _images(sample, recipe))
         push = heapq.heappush if count <= TOKENIZED_SAMPLES else heapq.heappushpop
-        push(longest, (_characters(sample), count, sample))
+        push(longest, (_length(sample), count, sample))
     tokens = max(_text_tokens(processor, sample, recipe.train) for *_, sample in longest)
     description = "the longest of the data"
     if count == MAX_SAMPLES_READ:
@@ -152,11 +155,14 @@ def _images(sample: Sample, recipe: Recipe) -> int:
     )
 
 
-def _characters(sample: Sample) -> int:
-    """Estimate the length of the sample's longest text in characters."""
-    return max(
-        sum(len(message_text(message)) + TEMPLATE_CHARACTERS for message in text) for text in _texts(sample)
-    )
+def _length(sample: Sample) -> int:
+    """Estimate the length of the sample's longest text, in characters of words."""
+    return max(sum(map(_message_length, text)) for text in _texts(sample))
+
+
+def _message_length(message: Mapping[str, Any]) -> int:
+    text = message_text(message)
+    return len(text) + (DIGIT - 1) * len(DIGITS.findall(text)) + TEMPLATE_CHARACTERS
 
 
 def _text_tokens(processor: FlamingoProcessor, sample: Sample, train: TrainSection) -> int:

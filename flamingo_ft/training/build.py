@@ -15,7 +15,7 @@ import torch
 from transformers import PrinterCallback, TrainerCallback
 from trl import DPOConfig, GRPOConfig, KTOConfig, SFTConfig
 
-from flamingo_ft.adapters import check_start_tiles, init_bridge, prepare_training
+from flamingo_ft.adapters import init_bridge, prepare_training
 from flamingo_ft.backbones.language import load_language
 from flamingo_ft.backbones.precision import autocast_dtype, frozen_dtype
 from flamingo_ft.backbones.quantization import Quantization
@@ -93,8 +93,7 @@ def build_model(
     apply_template(processor, recipe.data)
     set_media_options(processor, recipe.data)
     if model_config.init_from is not None:
-        check_start_tiles(model_config.init_from, processor.image_processor.tiling)
-        init_bridge(model, model_config.init_from)
+        init_bridge(model, model_config.init_from, processor.image_processor)
     model.to(device)  # pyrefly: ignore[bad-argument-type] (transformers wraps torch's method)
     batches_of_model = None if init_batches is None else partial(init_batches, model, processor)
     prepare_training(model, recipe, batches_of_model)

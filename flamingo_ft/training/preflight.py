@@ -17,6 +17,7 @@ from flamingo_ft.backbones.precision import DTYPES, autocast_dtype
 from flamingo_ft.backbones.quantization import Quantization, require_bitsandbytes
 from flamingo_ft.config import Recipe, TrainSection
 from flamingo_ft.data import OpenedData, Sample
+from flamingo_ft.data.boxes import cut_boxes, cut_boxes_warning
 from flamingo_ft.data.eval_split import find_overlap
 from flamingo_ft.data.opened_data import MAX_VALIDATED_ROWS
 from flamingo_ft.errors import UserError
@@ -251,10 +252,15 @@ def memory_notice(recipe: Recipe) -> str:
 def evaluation_warnings(
     data: OpenedData, eval_samples: Sequence[Sample], processor: FlamingoProcessor, max_new_tokens: int
 ) -> Iterator[str]:
-    """Warn of held-out images that are also trained on, and of answers longer than ``max_new_tokens``."""
+    """Warn of held-out images that are also trained on, of held-out boxes that are cut off, and of answers
+    longer than ``max_new_tokens``.
+    """
     overlap = _overlap(data, eval_samples)
     if overlap:
         yield f"warning: {overlap}"
+    cut, boxes = sum(map(cut_boxes, eval_samples)), sum(len(sample.boxes) for sample in eval_samples)
+    if line := cut_boxes_warning(cut, boxes):
+        yield f"warning: held-out {line}"
     too_long = measure_answers(processor, eval_samples, max_new_tokens).warning
     if too_long:
         yield f"warning: {too_long}"

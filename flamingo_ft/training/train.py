@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from flamingo_ft import atomic, processes
 from flamingo_ft.adapters import check_start, save_adapter, trainable_parameters, write_card
-from flamingo_ft.config import METRICS_FILE, RECIPE_FILE, Recipe, dump_recipe
+from flamingo_ft.config import METRICS_FILE, RECIPE_FILE, Recipe, dump_recipe, method_warnings
 from flamingo_ft.data import OpenedData, Sample, open_data
 from flamingo_ft.data.examples import total_metrics
 from flamingo_ft.data.opened_data import check_method, samples_per_epoch, with_max_steps
@@ -141,6 +141,8 @@ def _train_whole_run(
         with final_report(train_config.output_dir):
             if log and processes.is_main():
                 log(memory_notice(recipe))
+                for line in method_warnings(recipe):
+                    log(f"warning: {line}")
             metrics = _run(recipe, start.checkpoint, stop, uploads, on_begin, on_data, log)
         if uploads is not None:
             uploads.push_run(train_config.output_dir)

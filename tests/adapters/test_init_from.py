@@ -58,11 +58,12 @@ def test_tiles_may_be_added_to_an_adapter_that_builds_on_a_bridge(small_run):
     assert torch.equal(logits(*load_adapter("second")), logits(tiled, processor))
 
 
+TILED = "data.tiles {max: 4, size: auto, thumbnail: true} (the recipe has "
 OTHER_TILES = {
-    "model.init_from=tiled": "data.tiles {max: 4, size: auto, thumbnail: true}, the recipe has null",
-    "data.tiles={max: 6}": "the recipe has {max: 6, size: auto, thumbnail: true}; give the recipe the same",
-    "data.tiles={max: 4, thumbnail: false}": "the recipe has {max: 4, size: auto, thumbnail: false}",
-    "data.tiles={max: 4, tags: none}": "trained with data.tiles.tags learned, the recipe has none",
+    "model.init_from=tiled": TILED + "null); give the recipe the same",
+    "data.tiles={max: 6}": TILED + "{max: 6, size: auto, thumbnail: true}); give the recipe the same",
+    "data.tiles={max: 4, thumbnail: false}": TILED + "{max: 4, size: auto, thumbnail: false}); give",
+    "data.tiles={max: 4, tags: none}": "trained with data.tiles.tags learned (the recipe has none); give",
 }
 
 
@@ -71,6 +72,26 @@ def test_a_run_divides_images_as_its_start_does(small_run):
     for override, message in OTHER_TILES.items():
         with pytest.raises(UserError, match=re.escape(message)):
             build("model.init_from=tiled", override)
+
+
+def test_all_settings_that_differ_from_the_start_are_named_at_once_and_no_others(small_run):
+    save_adapter(*build("data.tiles={max: 4}", "model.perceiver=null"), Path("tiled"))
+    wrong = ("model.media_visibility=all_preceding", "model.cross_attention.heads=3")
+    with pytest.raises(UserError) as error:
+        build("model.init_from=tiled", *wrong)
+    assert str(error.value).endswith(
+        f"tiled was trained with {TILED}null), model.media_visibility immediate (the recipe has "
+        "all_preceding), model.perceiver.depth 0 (the recipe has 1), model.cross_attention.heads 2 (the "
+        "recipe has 3); give the recipe the same"
+    )
+
+
+def test_sizes_that_a_perceiver_without_layers_does_not_use_may_differ_from_the_starts(small_run):
+    model, processor = build("model.perceiver={depth: 0, num_latents: 5}")
+    shake(model)
+    save_adapter(model, processor, Path("first"))
+    second = build("model.perceiver={depth: 0, num_latents: 7}", "model.init_from=first")
+    assert torch.equal(logits(*second), logits(model, processor))
 
 
 def test_places_of_tiles_that_would_stay_at_zero_are_refused(small_run):
@@ -144,8 +165,14 @@ def test_a_third_stage_builds_on_the_second_and_the_first(small_run):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("model.cross_attn_every_n_layers=2",), "start has cross_attn_every_n_layers 1, the recipe 2"),
-        (("model.perceiver.num_latents=4",), "start has perceiver {"),
+        (
+            ("model.cross_attn_every_n_layers=2",),
+            "start was trained with model.cross_attn_every_n_layers 1 (the recipe has 2); ",
+        ),
+        (
+            ("model.perceiver.num_latents=4",),
+            "start was trained with model.perceiver.num_latents 3 (the recipe has 4); ",
+        ),
         (("model.vision={name: ViT-S-32-alt}",), "start belongs to another vision backbone, nano"),
     ],
 )

@@ -44,6 +44,33 @@ def test_check_lists_every_row_whose_box_cannot_be_used(folder):
     assert problems[2].startswith("3 image 1 of 1: ") and "c.png: not a readable image" in problems[2]
 
 
+@pytest.mark.parametrize("data", [{}, {"tiles": {"max": 4}}], ids=["cropped", "tiles"])
+def test_boxes_that_the_crop_cuts_off_are_counted_in_a_warning(folder, data):
+    rows = [row([30, 10, 90, 50]), row([60, 10, 140, 90]), row([140, 0, 180, 50]), row([49, 0, 90, 9])]
+    source = write_rows(folder / "rows.jsonl", rows)
+    report = checked(folder, [source], eval=[source], **data)
+    page = (folder / "check" / "check.html").read_text()
+    assert report.objection is None and report.parts[0].boxes == 4
+    lines = [line for line in report.warnings if line.startswith("boxes that the tower's crop")]
+    if data:
+        assert lines == [] and "the model sees the middle" not in page
+        return
+    # Of 200 x 100 pixels the tower sees columns 50 to 150.
+    assert [part.cut_boxes for part in report.parts] == [2, 2]
+    assert lines[0].endswith("4 of 8; set model.vision.resize_mode to squash or longest, or data.tiles")
+    assert "Ready to train" not in page and "the model sees the middle 50 %" in page
+
+
+def test_images_much_larger_than_the_towers_input_are_noted_unless_there_are_tiles(folder, capsys):
+    source = write_rows(folder / "rows.jsonl", [{"image": "a.png", "question": "What?", "answer": "Black."}])
+    (note,) = checked(folder, [source]).notes
+    assert note.startswith("images have 200 x 100 pixels (medians), and the tower sees each in 32 x 32;")
+    assert "set data.tiles" in note and note[1:] in (folder / "check" / "check.html").read_text()
+    assert checked(folder, [source], tiles={"max": 4}).notes == []
+    Image.new("RGB", (100, 100)).save(folder / "a.png")
+    assert checked(folder, [source]).notes == []
+
+
 def test_check_draws_the_boxes(folder):
     checked(folder, [write_rows(folder / "rows.jsonl", [row([60, 10, 90, 50]), row([60, 10, 140, 90])])])
     page = (folder / "check" / "check.html").read_text()

@@ -349,6 +349,18 @@ def here(folder, monkeypatch):
     return folder
 
 
+def test_checks_of_the_recipes_of_two_runs_are_kept_apart(here):
+    write_rows(here / "x.jsonl", [asked("?", "A")])
+    for run in ("a", "b"):
+        (here / "runs" / run).mkdir(parents=True)
+        (here / "runs" / run / "resolved_recipe.yaml").write_text(
+            RECIPE.replace("x.jsonl", str(here / "x.jsonl"))
+        )
+        assert cli.main(["check", f"runs/{run}/resolved_recipe.yaml"]) == 0
+    folders = [path.name for path in (here / "runs").glob("check_*")]
+    assert sorted(folders) == ["check_a_resolved_recipe", "check_b_resolved_recipe"]
+
+
 def test_the_exit_code_is_0_for_good_data_and_2_for_bad_data_with_all_problems(here, capsys):
     write_rows(here / "x.jsonl", [asked("?", "A")])
     assert cli.main(["check", "mine.yaml"]) == 0

@@ -69,7 +69,7 @@ def made(data: Path, **options):
     write_new_recipe(Path("mine/new.yaml"), RecipeOptions(data, **options))
     recipe = load_recipe("mine/new.yaml", ["train.num_workers=0"])
     findings = check_data(recipe, "new", Path("checked"))
-    assert findings.objection is None and findings.warnings == [], findings
+    assert findings.objection is None and findings.warnings == findings.method_warnings, findings
     return recipe, findings
 
 
@@ -96,6 +96,7 @@ def test_data_of_any_schema_gets_a_recipe_that_passes_the_check(tmp_path, name):
     assert recipe.data.train[0].format == findings.parts[0].format
     methods = {"preference": "dpo", "unpaired_preference": "kto"}
     assert recipe.train.method == methods.get(findings.parts[0].format, "sft")
+    assert [line for line in findings.method_warnings if "model.init_from is null" not in line] == []
 
 
 def test_lengths_and_sizes_follow_from_the_data(tmp_path):
@@ -266,7 +267,24 @@ def test_columns_that_a_new_recipe_leaves_out_are_named(tmp_path):
     rows = asked(pictures(tmp_path, 6), choices=["Dark.", "Light."], A="1", B="2")
     notes = write_new_recipe(Path("new.yaml"), RecipeOptions(rows_of(tmp_path / "x.jsonl", rows)))
     assert len(notes) == 1 and "columns of text that are left out: choices, A, B; " in notes[0]
+    assert notes[0].endswith("results are shown by it with --column task=COLUMN")
+    rows = asked(pictures(tmp_path, 6), kind="shade")
+    (note,) = write_new_recipe(Path("one.yaml"), RecipeOptions(rows_of(tmp_path / "y.jsonl", rows)))
+    assert note.endswith("results are shown by it with --column task=kind")
     assert "# Columns of text that are left out: choices, A, B\n" in Path("new.yaml").read_text()
+
+
+@pytest.mark.parametrize("language", ["nano", "org/other"])
+@pytest.mark.parametrize("kind", ["preference", "unpaired_preference"])
+def test_a_new_recipe_for_preferences_asks_for_a_trained_start_and_learns_slowly(
+    tmp_path, capsys, kind, language
+):
+    entry = FIXTURES[kind](tmp_path)
+    options = ["--language", language, "--pretrained", "openai"] if language != "nano" else []
+    assert main(["recipes", "new", "new.yaml", "--data", entry["path"], *options]) == 0
+    assert "note: rows of preferences refine a model that answers already" in capsys.readouterr().err
+    assert "\n  # init_from: runs/NAME\n" in Path("new.yaml").read_text()
+    assert load_recipe("new.yaml").train.learning_rate <= 1e-4
 
 
 def test_a_new_recipe_for_rows_without_images_says_so(tmp_path):

@@ -597,6 +597,11 @@ BAD_ENTRIES = {
         "such as columns: {image: bild, caption: frau frage}, or for a new recipe with --column image=bild "
         "--column 'caption=frau frage', or use",
     ),
+    "unknown columns of preference pairs": (
+        lambda f: write(f, "x.csv", "photo,worse,kind,ask,Better\na.png,Two,price,What is it?,One\n"),
+        "FOLDER/x.csv: row 0: no format has these columns, got photo, worse, kind, ask, Better; name them in "
+        "the recipe, such as columns: {image: photo, prompt: ask, chosen: Better, rejected: worse}, or for",
+    ),
     "unknown field and columns": (
         lambda f: write(f, "x.csv", "a,b\n1,2\n") | {"columns": {"frage": "a"}},
         "FOLDER/x.csv: row 0: columns: expected fields, got 'frage'; use answer, answers, ",

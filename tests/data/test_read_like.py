@@ -37,16 +37,38 @@ def test_a_recipes_own_file_is_read_whole_with_its_settings(known):
 
 def test_another_file_with_these_columns_gets_them_and_one_that_is_recognized_does_not(known, tmp_path):
     alike = write(tmp_path / "held.csv", "picture,ask,reply", "0945.png,Which?,Nine.")
-    assert source_of(alike, known).columns == COLUMNS and source_of(alike).columns == {}
+    assert source_of(alike, known).columns == COLUMNS
     usual = write(tmp_path / "usual.csv", "image,question,answer", f"{SCANS}/0945.png,Which?,Nine.")
     assert source_of(usual, known).columns == {}
 
 
-def test_a_file_without_these_columns_is_refused_for_its_own(known, tmp_path):
+def test_optional_columns_of_the_run_may_be_missing(known, tmp_path):
+    known = known.model_copy(update={"columns": COLUMNS | {"task": "kind", "boxes": "corners"}})
+    asked = write(tmp_path / "asked.csv", "picture,ask", "0945.png,Which?")
+    (row,) = Rows(asked, known=[known])
+    assert row.error is None and row.prompt.messages[-1]["content"][-1]["text"] == "Which?"
+    held_out = write(tmp_path / "held.csv", "picture,ask,reply", "0945.png,Which?,Nine.")
+    assert source_of(held_out, known).columns == COLUMNS
+    tasks = write(tmp_path / "tasks.csv", "picture,ask,reply,Kind", "0945.png,Which?,Nine.,odd")
+    assert source_of(tasks, known).columns == COLUMNS | {"task": "kind"}
+
+
+def test_a_file_gets_the_columns_of_any_source_of_the_run_that_has_them(known, tmp_path):
+    other = DataSource(path=tmp_path / "pairs.jsonl", columns={"images": "pics", "question": "riddle"})
+    alike = write(tmp_path / "held.csv", "picture,ask,reply", "0945.png,Which?,Nine.")
+    assert source_of(alike, other, known).columns == COLUMNS
+
+
+def test_a_file_without_these_columns_is_refused_with_a_remedy_that_needs_no_recipe(known, tmp_path):
     other = write(tmp_path / "other.csv", "picture,group", "0945.png,odd")
-    assert source_of(other, known) == DataSource(path=other)
-    with pytest.raises(UserError, match="no format has these columns.*picture, group"):
-        Rows(other, known=[known])
+    refusal = r"row 0: no format has these columns, got picture, group; rename them to "
+    usual = r"those of a format, such as image, question and answer \(README.md, Your data\)$"
+    of_run = r"the columns of the run's data \(ask, reply, picture\), or to "
+    for read in (source_of, lambda path, *known: Rows(path, known=known)):
+        with pytest.raises(UserError, match=refusal + of_run + usual):
+            read(other, known)
+        with pytest.raises(UserError, match=refusal + usual):
+            read(other)
 
 
 def test_images_that_are_not_beside_a_file_are_looked_up_where_the_runs_are(known, tmp_path):

@@ -132,7 +132,10 @@ MALFORMED = {
         with_content([{"type": "text", "text": None}]),
         ": messages[0].content[0]: text: expected text, got null (no value)",
     ),
-    "images text": ({"messages": TURNS, "images": "a.png"}, ": images: expected a list, got text"),
+    "images text": (
+        {"messages": TURNS, "images": "a.png"},
+        ": images: expected a list, got text; the path of one image belongs in the field image",
+    ),
     "images an object": (
         {"messages": TURNS, "images": {"0": "a.png"}},
         ": images: expected a list, got an object",

@@ -30,7 +30,7 @@ def adapter(folders, predictor, monkeypatch):
     monkeypatch.setattr(generate.Predictor, "from_pretrained", lambda folder, **options: as_asked(options))
 
     def as_asked(options):
-        options.pop("quantization"), options.pop("dtype")
+        options.pop("start"), options.pop("quantization"), options.pop("dtype")
         return Predictor(predictor.model, predictor.processor, image_cache_mib=1, **options)
 
     return folders[0] / "adapter"

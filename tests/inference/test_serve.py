@@ -127,8 +127,8 @@ def test_the_command_line_passes_media_policy_and_loading_options_on(monkeypatch
     assert main(["serve", "run", *options, "--quantization", "nf4", "--dtype", "fp32"]) == 0
     default = {"allowed_media": None, "image_urls": "public", "max_body_mib": 64}
     chosen = {"allowed_media": tmp_path, "image_urls": "none", "max_body_mib": 5}
-    default |= {"quantization": None, "dtype": "auto"}
-    chosen |= {"quantization": "nf4", "dtype": "fp32"}
+    default |= {"start": None, "quantization": None, "dtype": "auto"}
+    chosen |= {"start": None, "quantization": "nf4", "dtype": "fp32"}
     assert calls == [("run", "localhost", 8000, default), ("run", "localhost", 9, chosen)]
     assert main(["serve", "run", "--allowed-media", str(tmp_path / "gone")]) == 2
 

@@ -36,11 +36,16 @@ def lines(samples, images, text):
 @pytest.mark.parametrize(
     "samples, images, text, expected",
     [
-        ([QUESTION], [], "Which?", "got no image, but none of 1 training sample was without one"),
-        ([QUESTION] * 2, ["a"] * 2, "Which?", "got 2 images, but none of 2 training samples had more than 1"),
-        ([QUESTION], ["a"], None, "got no question, but none of 1 training sample was without one"),
-        ([CAPTION], ["a"], "Which?", "got a question, but none of 1 training sample had one"),
-        ([UNCAPTIONED], ["a"], "Which?", "got a question, but none of 1 training sample had one"),
+        ([QUESTION], [], "Which?", "got no image, but none of 1 training sample looked at was without one"),
+        (
+            [QUESTION] * 2,
+            ["a"] * 2,
+            "Which?",
+            "got 2 images, but none of 2 training samples looked at had more than 1",
+        ),
+        ([QUESTION], ["a"], None, "got no question, but none of 1 training sample looked at was without one"),
+        ([CAPTION], ["a"], "Which?", "got a question, but none of 1 training sample looked at had one"),
+        ([UNCAPTIONED], ["a"], "Which?", "got a question, but none of 1 training sample looked at had one"),
         ([QUESTION, TEXT], [], "Which?", None),
         ([QUESTION, CAPTION], ["a"], "Which?", None),
         ([QUESTION, CAPTION], ["a"], None, None),
@@ -94,7 +99,7 @@ def test_a_run_records_its_samples_and_its_adapter_warns_once(run, caplog):
     predictor([], "Which shade?")
     assert [*predictor.stream([], "Which shade?")] and Conversation(predictor).ask("Hello?") is not None
     assert caplog.messages == [
-        "prompt: got no image, but none of 2 training samples was without one; add an image"
+        "prompt: got no image, but none of 2 training samples looked at was without one; add an image"
     ]
 
 
@@ -112,7 +117,9 @@ def test_an_evaluation_of_other_data_names_what_no_training_sample_was_like(run)
     lines = []
     evaluate_adapter(run, "captions.jsonl", report=lines.append)
     evaluate_adapter(run, "train.jsonl", report=lines.append)
-    assert lines == ["warning: got no question, but none of 2 training samples was without one; ask one"]
+    assert lines == [
+        "warning: got no question, but none of 2 training samples looked at was without one; ask one"
+    ]
 
 
 @pytest.mark.slow

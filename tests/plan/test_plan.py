@@ -18,7 +18,7 @@ from flamingo_ft import cli
 from flamingo_ft.backbones.language import NANO_FOLDER
 from flamingo_ft.config import RELEASED_PERCEIVER, Recipe, load_recipe
 from flamingo_ft.config.tables import CROSS_ATTENTION, PERCEIVER
-from flamingo_ft.data import open_data
+from flamingo_ft.data import encode, open_data
 from flamingo_ft.data.render import apply_template
 from flamingo_ft.formatting import GIB
 from flamingo_ft.model.build import backbone_files, text_limit
@@ -227,6 +227,21 @@ def batch_of(recipe: Recipe) -> Batch:
 def test_sample_length_is_read_from_the_data():
     batch = batch_of(quickstart())
     assert (batch.text_tokens, batch.images, batch.where_from) == (42, 2, "the longest of the data")
+
+
+def test_the_longest_sample_is_found_where_fewer_characters_are_more_tokens(tmp_path):
+    question = "Where is it, and how far is that from the middle of the picture?"
+    words = [f"At the left, and not far from the middle, {number}." for number in range(300)]
+    numbers = "1029384756, 5647382910, 1234567890."
+    rows = [{"question": question, "answer": answer} for answer in (*words, numbers)]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    recipe = quickstart(f"data.train=[{{path: {tmp_path / 'x.jsonl'}}}]", "data.eval=[]")
+    processor = backbone_files(recipe.model).processor()
+    apply_template(processor, recipe.data)
+    data = open_data(recipe.data, 0)
+    lengths = [len(encode(processor, sample).input_ids) for sample in data.samples(data.train)]
+    assert lengths.index(max(lengths)) == 300 and len(words[0]) > len(numbers)
+    assert batch_of(recipe).text_tokens == max(lengths)
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from collections import namedtuple
 
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from flamingo_ft.adapters import set_trainable
@@ -18,10 +19,12 @@ from flamingo_ft.data import open_data
 from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import gib
 from flamingo_ft.model import build_flamingo
+from flamingo_ft.model.build import backbone_files
 from flamingo_ft.plan import planner
 from flamingo_ft.training import preflight
+from flamingo_ft.training import train as train_module
 from flamingo_ft.training.build import make_trainer
-from flamingo_ft.training.preflight import check_loss, check_packing, memory_notice
+from flamingo_ft.training.preflight import check_loss, check_packing, evaluation_warnings, memory_notice
 
 from ..regimes import recipe, write_run
 
@@ -93,6 +96,35 @@ def test_train_prints_memory_and_warns_of_held_out_images_that_are_trained_on(
     )
     assert ("warning: an image of 1 of 1 held-out sample is trained on too" in output) == leaks
     assert not leaks or re.search(r"first \S*eval.jsonl: row 0, trained on in \S*train.jsonl: row 0", output)
+
+
+def test_train_warns_of_a_method_that_refines_a_model_where_the_bridge_is_new(folder, monkeypatch):
+    monkeypatch.setattr(train_module, "_run", lambda *arguments: {})
+    for method, warned in (("kto", True), ("sft", False)):
+        lines: list[str] = []
+        config = recipe(f"train.method={method}", f"train.output_dir={method}", "train.batch_size=2")
+        train_module.train(config, log=lines.append)
+        assert any(line.startswith("warning: train.method kto refines") for line in lines) == warned
+
+
+def test_held_out_boxes_that_the_crop_cuts_off_cause_a_warning(folder):
+    Image.new("RGB", (200, 100)).save(folder / "wide.png")
+    row = {"image": "wide.png", "question": "Where?", "answer": "<box>", "boxes": [[30, 10, 90, 50]]}
+    (folder / "boxes.jsonl").write_text(json.dumps(row))
+    for resize_mode, warned in (("shortest", True), ("squash", False)):
+        values = [f"model.vision.resize_mode={resize_mode}", "data.eval=[{path: boxes.jsonl}]"]
+        config = recipe(*values)
+        data, processor = open_data(config.data, 0), backbone_files(config.model).processor()
+        samples = data.with_boxes_written(data.eval_samples(), processor)
+        lines = [*evaluation_warnings(data, samples, processor, max_new_tokens=64)]
+        assert (
+            lines
+            == [
+                "warning: held-out boxes that the tower's crop to the middle of the image cuts off: "
+                "1 of 1; set model.vision.resize_mode to squash or longest, or data.tiles"
+            ]
+            * warned
+        )
 
 
 # --- the language model's own loss ---

@@ -30,6 +30,13 @@ NUMBERED = re.compile(
 LETTERS = frozenset("abcdefgh")  # options of a multiple-choice question, in rows with columns a and b
 # Names of columns that may hold the image of a row in which no image was read.
 IMAGE_COLUMNS = re.compile(r"(image|img|photo|picture|pic|video|frame)s?(_?(path|file|url|uri|name|id))?s?")
+# Names of columns that may hold the better and the worse answer of a preference pair.
+CHOSEN_COLUMNS = re.compile(
+    r"(chosen|better|best|preferred|accepted|good|win(ner|ning)?|positive)(_(answer|response|output|text))?"
+)
+REJECTED_COLUMNS = re.compile(
+    r"(rejected|worse|worst|dispreferred|bad|los(er|ing|e)|negative)(_(answer|response|output|text))?"
+)
 NUMBER = re.compile(r"[+-]?[0-9][0-9.,eE+-]*")
 IMAGE_FILE = re.compile(
     r"\S.*\.(jpe?g|png|webp|gif|bmp|tiff?|ppm|avif|jp2|mp4|webm|mkv|avi|mov)", re.IGNORECASE
@@ -72,7 +79,7 @@ def find_columns(
 
 
 def guess_columns(row: Row) -> dict[str, str]:
-    """Return which columns of a row could hold its image, question and answer, or its image and caption.
+    """Return which columns of a row could hold its image and caption, or image, question and answers.
 
     Nothing for a row without a column of image files and one of text.
     """
@@ -83,9 +90,24 @@ def guess_columns(row: Row) -> dict[str, str]:
         return {}
     if len(texts) == 1:
         return {"image": image, "caption": texts[0]}
+    pair = _answer_pair(texts)
+    texts = [name for name in texts if name not in pair.values()] or texts
     question = next((name for name in texts if values[name].rstrip().endswith("?")), texts[0])
+    if pair:
+        return {"image": image, "prompt": question, **pair}
     answer = next(name for name in texts if name != question)
     return {"image": image, "question": question, "answer": answer}
+
+
+def _answer_pair(names: Collection[str]) -> dict[str, str]:
+    """Return the columns of a better and a worse answer by field; none without both and a question."""
+    fields = {"chosen": CHOSEN_COLUMNS, "rejected": REJECTED_COLUMNS}
+    found = {
+        field: next((name for name in names if pattern.fullmatch(_with_underscores(name))), None)
+        for field, pattern in fields.items()
+    }
+    is_pair = all(found.values()) and len(names) > len(found)
+    return {field: name for field, name in found.items() if name is not None} if is_pair else {}
 
 
 def unread_columns(row: Row, read: Collection[str]) -> dict[str, Any]:

@@ -173,6 +173,12 @@ class Schema:
 SCHEMAS: dict[str, Schema] = {}
 
 
+class UnknownColumns(UserError):
+    """No format has the columns of a row. problem: the message without what to do."""
+
+    problem = ""
+
+
 def register_schema(schema: Schema, description: str | None = None) -> Schema:
     """Make a schema known to recipes (``format``), to recognition and to reading.
 
@@ -203,7 +209,7 @@ def all_options() -> frozenset[str]:
 def detect_schema(row: Any, where: str) -> str:
     """Return the name of the first schema in `DATASET_FORMATS` that matches the row.
 
-    Raises UserError listing the columns of the row and of every schema.
+    Raises UnknownColumns listing the columns of the row and of every schema.
     """
     if not isinstance(row, Mapping):
         raise UserError(f"{where}: expected an object, got {type_name(row)}")
@@ -211,10 +217,12 @@ def detect_schema(row: Any, where: str) -> str:
     if name is None:
         columns = ", ".join(column for column in row if column != TAR_MEMBERS) or "none"
         formats = f"{', '.join(DATASET_FORMATS)}; README.md, Your data, has their columns"
-        raise UserError(
-            f"{where}: no format has these columns, got {columns}; {_remedy(guess_columns(row))}, or use "
-            f"those of a format ({formats})"
+        problem = f"{where}: no format has these columns, got {columns}"
+        error = UnknownColumns(
+            f"{problem}; {_remedy(guess_columns(row))}, or use those of a format ({formats})"
         )
+        error.problem = problem
+        raise error
     return name
 
 
@@ -271,12 +279,21 @@ def _media(
 ) -> list[MediaRef]:
     plural = f"{name}s"
     single = [] if _is_empty(row.get(name)) else parse_single(row[name], f"{where}: {name}")
-    several = [] if _is_empty(row.get(plural)) else list_field(row, plural, where)
+    several = [] if _is_empty(row.get(plural)) else _several(row, name, plural, where)
     if _is_empty(several):  # an empty list may have been given as JSON text
         several = []
     if single and several:
         raise UserError(f"{where}: expected {name} or {plural}, got both; join them in {plural}")
     return single or [MediaRef(value, f"{where}: {plural}[{index}]") for index, value in enumerate(several)]
+
+
+def _several(row: Row, name: str, plural: str, where: str) -> list[Any]:
+    try:
+        return list_field(row, plural, where)
+    except UserError as error:
+        if isinstance(row[plural], str):
+            raise UserError(f"{error}; the path of one {name} belongs in the field {name}") from None
+        raise
 
 
 def _one_or_more(value: Any, place: str) -> list[MediaRef]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -210,6 +211,16 @@ def read_samples(
     entry = source if isinstance(source, DataSource) else DataSource(path=source, image_root=image_root)
     opened = open_source(entry, data or DataSection(train=(entry,)))
     return [opened.sample(index, raw) for index, raw in enumerate(opened.stream())]
+
+
+def first_columns(entry: DataSource) -> tuple[str, ...]:
+    """Return the columns of the first row that can be parsed; none if rows are not mappings."""
+    for file in open_row_files(entry):
+        for number, content in enumerate(islice(file.stream(), MAX_ROWS_TRIED)):
+            with suppress(UserError):
+                row = file.parse(content, f"{file.name}: row {number}")
+                return tuple(row) if isinstance(row, Mapping) else ()
+    return ()
 
 
 def source_name(entry: DataSource) -> str:
