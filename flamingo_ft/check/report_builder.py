@@ -185,18 +185,21 @@ class RowTable:
     over the images and videos of all rows.
     """
 
+    OF_ROWS = {  # attributes of `RowResult` -> type codes of `array`
+        "source": "i",
+        "file": "i",
+        "row": "q",
+        "turns": "i",
+        "views": "i",
+        "text_tokens": "q",
+        "label_tokens": "q",
+        "digest": "Q",
+        "prompt": "Q",
+    }
+
     def __init__(self) -> None:
-        self._columns = {
-            "source": array("i"),
-            "file": array("i"),
-            "row": array("q"),
-            "turns": array("i"),
+        self._columns = {name: array(code) for name, code in self.OF_ROWS.items()} | {
             "media": array("i"),
-            "views": array("i"),
-            "text_tokens": array("q"),
-            "label_tokens": array("q"),
-            "digest": array("Q"),
-            "prompt": array("Q"),
             "medium": array("Q"),
             "medium_row": array("i"),
             "medium_width": array("i"),
@@ -206,7 +209,7 @@ class RowTable:
     def add(self, result: RowResult) -> None:
         columns = self._columns
         index = len(columns["source"])
-        for name in columns.keys() - {"media", "medium", "medium_row"}:
+        for name in self.OF_ROWS:
             columns[name].append(getattr(result, name))
         columns["media"].append(len(result.media_digests))
         columns["medium"].extend(result.media_digests)
