@@ -206,7 +206,7 @@ class RowTable:
     def add(self, result: RowResult) -> None:
         columns = self._columns
         index = len(columns["source"])
-        for name in columns.keys() - {"media", "medium", "medium_row"}:
+        for name in columns.keys() - {"media", "medium", "medium_row", "medium_width", "medium_height"}:
             columns[name].append(getattr(result, name))
         columns["media"].append(len(result.media_digests))
         columns["medium"].extend(result.media_digests)
