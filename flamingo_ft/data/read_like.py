@@ -43,7 +43,7 @@ def read_like(path: Path, sources: Sequence[DataSource], try_open: TryOpen) -> D
         try_open: opens a source. Raises UserError if it cannot be read.
 
     Raises:
-        UserError: neither a format nor ``sources`` have the file's columns.
+        UnknownColumns: neither a format nor ``sources`` have the file's columns.
     """
     path = path.absolute()
     own = next((one for one in sources if one.path is not None and Path(one.path).absolute() == path), None)
@@ -59,13 +59,14 @@ def _with_columns(source: DataSource, sources: Sequence[DataSource], try_open: T
         try_open(source)
         return source
     except UnknownColumns as error:
-        remedy = f"{error.problem}; {_remedy(named)}"
+        unknown = UnknownColumns(f"{error.problem}; {_remedy(named)}")
+        unknown.problem = error.problem
     except UserError:
-        remedy = None
+        unknown = None
     with_columns = (_with_columns_of(source, one, try_open) for one in named)
     found = next((one for one in with_columns if one is not None), None)
-    if found is None and remedy is not None:
-        raise UserError(remedy)
+    if found is None and unknown is not None:
+        raise unknown
     return found or source
 
 

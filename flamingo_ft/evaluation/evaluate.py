@@ -13,13 +13,22 @@ import numpy as np
 
 from flamingo_ft import atomic
 from flamingo_ft.adapters.trained_on import never_trained, read_record
-from flamingo_ft.config import RECIPE_FILE, RESULTS_FILE, DataSection, EvalSection, Recipe, load_recipe
+from flamingo_ft.config import (
+    RECIPE_FILE,
+    RESULTS_FILE,
+    DataSection,
+    DataSource,
+    EvalSection,
+    Recipe,
+    load_recipe,
+)
 from flamingo_ft.config.loading import parse_override
 from flamingo_ft.config.metric_names import parse_metric
 from flamingo_ft.data import OpenedData, Sample, open_data
 from flamingo_ft.data.drawing import scaled
 from flamingo_ft.data.read_like import read_like, recorded_sources
 from flamingo_ft.data.schemas.boxes import BoxUnit
+from flamingo_ft.data.schemas.schema import UnknownColumns
 from flamingo_ft.data.sources.source import open_source
 from flamingo_ft.errors import UserError
 from flamingo_ft.inference.predictor import Predictor
@@ -37,6 +46,7 @@ from .variants import Variant, VariantAnswers, compare_variants, find_variants, 
 
 SAME_VIEW = 0.01  # of the image's side
 _NO_RECIPE = Path(__file__).with_name("no_recipe.yaml")
+_COLUMNS = "data.eval.0.columns='{image: COLUMN, question: COLUMN, answer: COLUMN}'"
 _NO_TRAINING_DATA = 'data.train=[{"hub": "none/none"}]'  # it is not read, so it need not exist here
 _USED_KEYS = (
     "data.eval",
@@ -245,7 +255,11 @@ def recipe_for_evaluation(
     if not file.is_file():
         file = _NO_RECIPE
         _check_model(adapter, folder, has_samples=data is not None or any(map(_sets_samples, overrides)))
-    values = [*(() if data is None else _data_overrides(Path(data), file, source_options or {})), *overrides]
+    if data is None:
+        values = [*overrides]
+    else:
+        named = any(parse_override(override).location[:2] == ("data", "eval") for override in overrides)
+        values = [*_data_overrides(Path(data), file, source_options or {}, named), *overrides]
     if any(parse_override(override).location == ("eval", "metrics") for override in overrides):
         values.append("eval.metric=loss")  # otherwise the metric that selected would be computed as well
     if load_recipe(file, values, require=()).data.eval_fraction is not None:
@@ -257,10 +271,18 @@ def recipe_for_evaluation(
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"train": sources})})
 
 
-def _data_overrides(data: Path, recipe: Path, more: Mapping[str, Any]) -> list[str]:
-    """Make ``data`` the only source of held-out samples, read as the recipe's own, and use all of it."""
+def _data_overrides(data: Path, recipe: Path, more: Mapping[str, Any], named: bool) -> list[str]:
+    """Make ``data`` the only source of held-out samples, read as the recipe's own, and use all of it.
+
+    named: further overrides set keys of the source, such as the names of its columns.
+    """
     known = recorded_sources(recipe)
-    source = read_like(data, known, lambda one: open_source(one, DataSection(train=(one,))))
+    try:
+        source = read_like(data, known, lambda one: open_source(one, DataSection(train=(one,))))
+    except UnknownColumns as error:
+        if not named:
+            raise UserError(f"{error}, or name them: {_COLUMNS}") from None
+        source = DataSource(path=data.absolute())
     source = source.model_copy(update={key: value for key, value in more.items() if value is not None})
     sources = json.dumps([source.model_dump(mode="json", exclude_defaults=True)], ensure_ascii=False)
     return [f"data.eval={sources}", "data.eval_fraction=null", "eval.max_samples=null"]

@@ -229,6 +229,8 @@ def test_other_samples_take_every_key_of_a_source(run, monkeypatch):
     recipe = recipe_for_evaluation("run", folder / "run", "other.csv", keys)
     (source,) = recipe.data.eval
     assert (source.format, source.image_root) == ("vqa", folder / "photos")
+    with pytest.raises(UserError, match="photo, q, answer; rename them to .* or name them: data.eval.0.col"):
+        recipe_for_evaluation("run", folder / "run", "other.csv")
     assert recipe.eval.max_samples is None and recipe.eval.batch_size == 2
     samples = evaluate_adapter("run", "other.csv", [*keys, "eval.max_samples=2"])["eval"]["per_task"]
     assert sum(task["samples"] for task in samples.values()) == 2
