@@ -59,8 +59,7 @@ def _with_columns(source: DataSource, sources: Sequence[DataSource], try_open: T
         try_open(source)
         return source
     except UnknownColumns as error:
-        unknown = UnknownColumns(f"{error.problem}; {_remedy(named)}")
-        unknown.problem = error.problem
+        unknown = UnknownColumns(f"{error.problem}; {_remedy(named)}", error.problem)
     except UserError:
         unknown = None
     with_columns = (_with_columns_of(source, one, try_open) for one in named)

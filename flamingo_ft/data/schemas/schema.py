@@ -174,9 +174,11 @@ SCHEMAS: dict[str, Schema] = {}
 
 
 class UnknownColumns(UserError):
-    """No format has the columns of a row. problem: the message without what to do."""
+    """No format has the columns of a row. problem: the message without its remedy."""
 
-    problem = ""
+    def __init__(self, message: str, problem: str = ""):
+        super().__init__(message)
+        self.problem = problem
 
 
 def register_schema(schema: Schema, description: str | None = None) -> Schema:
@@ -218,11 +220,8 @@ def detect_schema(row: Any, where: str) -> str:
         columns = ", ".join(column for column in row if column != TAR_MEMBERS) or "none"
         formats = f"{', '.join(DATASET_FORMATS)}; README.md, Your data, has their columns"
         problem = f"{where}: no format has these columns, got {columns}"
-        error = UnknownColumns(
-            f"{problem}; {_remedy(guess_columns(row))}, or use those of a format ({formats})"
-        )
-        error.problem = problem
-        raise error
+        remedy = f"{_remedy(guess_columns(row))}, or use those of a format ({formats})"
+        raise UnknownColumns(f"{problem}; {remedy}", problem)
     return name
 
 
