@@ -172,7 +172,7 @@ def merge_table(report: Mapping[str, Any]) -> Table:
     if report["prompts_from"] == MADE_UP:
         asked += ", the adapter's answers as reference"
     table = Table(title=f"measured on {report['prompts_from']}", title_justify="left")
-    table.add_column("model")
+    table.add_column("model", no_wrap=True)
     table.add_column(f"loss, {plural(cost['samples'], 'sample')}", justify="right")
     for metric in metrics:
         table.add_column(f"{metric.label}{asked}", justify="right")

@@ -74,6 +74,7 @@ def test_the_table_of_a_merge_names_its_samples_and_questions_and_has_intervals_
         f"{100 * own.value:.1f} % ({100 * own.low:.1f} to {100 * own.high:.1f})" for own in expected
     ]
     assert expected[0].low < expected[1].value
+    assert all(column.no_wrap == (place == 0) for place, column in enumerate(table.columns))
     verified = {"tensors": 1, "worst": None, "matrices_with_lora": 0}
     report |= {"verified": verified, "token_agreement": 1.0, "relative": 0.0, "tokens": 3}
     assert (
