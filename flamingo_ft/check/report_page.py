@@ -267,9 +267,8 @@ def _view_note(images: FlamingoImageProcessor, picture: Image.Image) -> str:
     rows, columns = grid = images.grid_of(picture)
     if grid != UNTILED:
         return f"{rows} x {columns} tiles"
-    left, top, right, bottom = images.geometry(ImageGeometry.of(*picture.size)).visible
-    seen = (min(right, picture.width) - max(left, 0)) * (min(bottom, picture.height) - max(top, 0))
-    share = seen / (picture.width * picture.height)
+    geometry = images.geometry(ImageGeometry.of(*picture.size))
+    share = geometry.visible_area((0, 0, *picture.size)) / (picture.width * picture.height)
     return "" if share > WHOLE else f"the model sees the middle {percent(share, digits=0)}"
 
 

@@ -285,6 +285,11 @@ class ScoreTable:
         return self.metric.label_with(self.boxes)
 
     @property
+    def title(self) -> str:
+        """What is scored, and on what."""
+        return f"{capitalized(self.label)} on {self.subject}"
+
+    @property
     def subject(self) -> str:
         """What the scores are of, in words, with the number of questions where that of rows differs."""
         questions = plural(self.overall.samples, "question")
@@ -339,7 +344,7 @@ def _card_table(table: ScoreTable) -> CardTable:
     if len(table.tasks) > 1:
         scores |= {task: row.values[after] for task, row in table.tasks.items()}
     return CardTable(
-        title=f"{capitalized(table.label)} on {table.subject}",
+        title=table.title,
         description=description,
         hub_type=hub_type,
         columns=[COLUMN_HEADERS[column] for column in table.columns],
