@@ -69,7 +69,7 @@ def add_advice(
     if right < GOOD and REMEDY not in verdict:  # which says the rest; free text has no share
         lines += _of_model(recipe, results, entries, probe)
         if not lines and probe is None:
-            lines = [f"neither the loss nor a probe shows what limits the answers: {_more_data(recipe)}"]
+            lines = [f"the loss does not show what limits the answers: {_more_data(recipe)}"]
     if lines:
         metrics["eval"]["advice"] = lines
 

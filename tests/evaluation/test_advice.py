@@ -127,7 +127,7 @@ def test_a_probe_is_advised_only_where_it_can_conclude(folder):
     assert probe_lines(questions=[replace(one, images=["a.png", "b.png"]) for one in QUESTIONS]) == []
     assert probe_lines(questions=[replace(one, boxes=(Box((0, 0, 9, 9)),)) for one in QUESTIONS]) == []
     assert advised([], "data.tiles={}") == [
-        "neither the loss nor a probe shows what limits the answers: more or more varied training rows, or "
+        "the loss does not show what limits the answers: more or more varied training rows, or "
         "data.augmentation"
     ]
 
