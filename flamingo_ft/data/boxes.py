@@ -68,12 +68,12 @@ def cut_boxes(sample: Sample) -> int:
     return sum(_is_cut(box, sample.geometries[box.image]) for box in sample.boxes)
 
 
-def cut_boxes_warning(cut: int, boxes: int) -> str | None:
+def cut_boxes_warning(cut: int, boxes: int, kind: str = "boxes") -> str | None:
     """Return a line if more than `MAX_CUT` of ``boxes`` are cut off, else None."""
     if cut <= MAX_CUT * boxes:
         return None
     return (
-        f"boxes that the tower's crop to the middle of the image cuts off: {cut:,} of {boxes:,}; "
+        f"the tower's crop to the middle of the image cuts off {cut:,} of {boxes:,} {kind}; "
         f"{SEE_WHOLE_IMAGES}"
     )
 

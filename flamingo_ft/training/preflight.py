@@ -259,8 +259,8 @@ def evaluation_warnings(
     if overlap:
         yield f"warning: {overlap}"
     cut, boxes = sum(map(cut_boxes, eval_samples)), sum(len(sample.boxes) for sample in eval_samples)
-    if line := cut_boxes_warning(cut, boxes):
-        yield f"warning: held-out {line}"
+    if line := cut_boxes_warning(cut, boxes, "held-out boxes"):
+        yield f"warning: {line}"
     too_long = measure_answers(processor, eval_samples, max_new_tokens).warning
     if too_long:
         yield f"warning: {too_long}"

@@ -120,8 +120,8 @@ def test_held_out_boxes_that_the_crop_cuts_off_cause_a_warning(folder):
         assert (
             lines
             == [
-                "warning: held-out boxes that the tower's crop to the middle of the image cuts off: "
-                "1 of 1; set model.vision.resize_mode to squash or longest, or data.tiles"
+                "warning: the tower's crop to the middle of the image cuts off 1 of 1 held-out boxes; "
+                "set model.vision.resize_mode to squash or longest, or data.tiles"
             ]
             * warned
         )
